@@ -1,0 +1,128 @@
+// One plain argument struct per kernel, and the signatures of the CPU and CUDA sides. No torch, no CUDA header.
+#pragma once
+
+#include <cstdint>
+
+#include "quant_math.h"
+
+namespace smpq {
+
+// A dense tensor seen as [outer, channels, inner], the channel being what owns a scale. Per tensor: channels = 1.
+struct Shape3 {
+  int64_t outer, channels, inner;
+  int64_t elements() const { return outer * channels * inner; }
+};
+
+// Reductions write one partial sum per piece of at most this many elements of one channel, and the caller adds the
+// pieces up in order: the result does not depend on threads, blocks or the device's scheduling.
+constexpr int64_t kPiece = 4096;
+inline int64_t pieces_per_run(const Shape3& s) { return (s.inner + kPiece - 1) / kPiece; }
+inline int64_t piece_count(const Shape3& s) { return s.outer * s.channels * pieces_per_run(s); }
+
+// T: element, C: what arithmetic is done in (float, or double for double), Z: int32_t or C.
+template <class T, class C, class Z>
+struct FakeQuantizeArgs {
+  const T* x;
+  T* y;
+  const C* scale;             // [channels]
+  const Z* zero_point;        // [channels], or null for 0
+  const int32_t* quant_min;   // [channels], or null for `bound_min`
+  const int32_t* quant_max;   // [channels], or null for `bound_max`
+  int32_t bound_min, bound_max;
+  Shape3 shape;
+};
+
+template <class T, class C, class Z>
+struct FakeQuantizeBackwardArgs {
+  FakeQuantizeArgs<T, C, Z> forward;  // y unused
+  const T* grad;
+  T* grad_x;        // [elements]
+  double* partial;  // [2, pieces]: gradients of scale and zero point; null when they are not wanted
+};
+
+// Row i of y is sum_c mixtures[i, c] * fake_quantize(x[parent[i]], grid c), added in the order of c, starting with the
+// first non-zero weight; a weight of exactly 1 does not multiply, so that a one-hot row is fake_quantize bit for bit.
+template <class T, class C, class Z>
+struct CoalitionArgs {
+  const T* x;                // [parents, elements]
+  T* y;                      // [rows, elements]
+  const C* scale;            // [candidates] or [candidates, channels]
+  const Z* zero_point;       // the same, or null for 0
+  const int32_t* quant_min;  // [candidates]
+  const int32_t* quant_max;  // [candidates]
+  const C* mixtures;         // [rows, candidates]
+  const int64_t* parent;     // [rows], or null where every row descends from x[0]
+  int64_t rows, parents, candidates;
+  bool per_channel;
+  Shape3 shape;  // of one parent
+};
+
+template <class T, class C, class Z>
+struct QuantizationErrorArgs {
+  const T* x;
+  const C* scale;            // [candidates] or [candidates, channels]
+  const Z* zero_point;       // the same, or null for 0
+  const int32_t* quant_min;  // [candidates]
+  const int32_t* quant_max;  // [candidates]
+  double* partial;           // [candidates, pieces]
+  int64_t candidates;
+  bool per_channel;
+  Shape3 shape;
+};
+
+namespace cpu {
+
+enum class Isa { baseline, avx2, avx512 };
+Isa isa();              // the best that this processor runs, or less if SMPQ_ISA=baseline|avx2 says so
+const char* isa_name();
+
+// Each kernel works on a range of its own units, so that the caller can share them out over threads.
+#define SMPQ_DECLARE(level)                                                                                            \
+  namespace level {                                                                                                    \
+  template <class T, class C, class Z>                                                                                 \
+  void fake_quantize(const FakeQuantizeArgs<T, C, Z>&, int64_t first_element, int64_t last_element);                   \
+  template <class T, class C, class Z>                                                                                 \
+  void fake_quantize_backward(const FakeQuantizeBackwardArgs<T, C, Z>&, int64_t first_piece, int64_t last_piece);      \
+  template <class T, class C, class Z>                                                                                 \
+  void coalition_fake_quantize(const CoalitionArgs<T, C, Z>&, const int64_t* child_begin, const int64_t* children,     \
+                               int64_t first_block, int64_t last_block);                                               \
+  template <class T, class C, class Z>                                                                                 \
+  void quantization_error(const QuantizationErrorArgs<T, C, Z>&, int64_t first_piece, int64_t last_piece);             \
+  }
+SMPQ_DECLARE(baseline)
+SMPQ_DECLARE(avx2)
+SMPQ_DECLARE(avx512)
+#undef SMPQ_DECLARE
+
+// Blocks of the coalition kernel: every parent is cut into blocks of this many elements; unit = parent * blocks + block.
+constexpr int64_t kCoalitionBlock = 1024;
+inline int64_t coalition_blocks(const Shape3& s) { return (s.elements() + kCoalitionBlock - 1) / kCoalitionBlock; }
+
+}  // namespace cpu
+
+namespace cuda {
+
+// `stream` is a cudaStream_t. Launch errors throw std::runtime_error; an empty tensor returns without a launch.
+template <class T, class C, class Z>
+void fake_quantize(const FakeQuantizeArgs<T, C, Z>&, void* stream);
+template <class T, class C, class Z>
+void fake_quantize_backward(const FakeQuantizeBackwardArgs<T, C, Z>&, void* stream);
+template <class T, class C, class Z>
+void coalition_fake_quantize(const CoalitionArgs<T, C, Z>* tensors, int64_t count, void* stream);  // one launch
+template <class T, class C, class Z>
+void quantization_error(const QuantizationErrorArgs<T, C, Z>&, void* stream);
+
+}  // namespace cuda
+
+// Every (T, C, Z) that is compiled; used by the instantiations of both sides.
+#define SMPQ_FOR_EACH_TYPE(X)      \
+  X(float, float, int32_t)         \
+  X(float, float, float)           \
+  X(BFloat16, float, int32_t)      \
+  X(BFloat16, float, float)        \
+  X(Float16, float, int32_t)       \
+  X(Float16, float, float)         \
+  X(double, double, int32_t)       \
+  X(double, double, double)
+
+}  // namespace smpq

@@ -1,0 +1,390 @@
+"""The vocabulary as data: spaces, budgets, games, attributions, plans and results. NumPy only, no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Assignments = NDArray[np.int8]  # [n, slots] or [slots]: the index of a candidate for each slot
+Mixtures = NDArray[np.float32]  # [n, slots, candidates]
+Coalitions = NDArray[np.bool_]  # [n, players]
+Values = NDArray[np.float64]  # [n]
+Table = NDArray[np.float64]  # [slots, candidates]
+
+FLOAT_BITS = 32
+
+
+class SmpqError(Exception):
+    """An input or a situation that the user can mend; the command line prints it on one line and exits with 2."""
+
+
+class Infeasible(SmpqError):
+    """No assignment meets the budget; the message names the limit and the smallest cost that can be reached."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One thing that gets a width: the weight of a layer, or the activation that enters it."""
+
+    layer: str
+    kind: Literal["weight", "activation"]
+    elements: int  # parameters of the weight, or elements of the activation for one sample
+    macs: int  # multiply-accumulates of the layer for one sample
+    scales: int  # scale factors that the grid of this slot stores
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer}.{self.kind}"
+
+
+@dataclass(frozen=True)
+class Space:
+    """The searched slots with their candidates, and the slots whose width is fixed.
+
+    `candidates[i]` lists the widths of slot i, ascending. Arrays over [slots, candidates] are padded to the longest
+    list; `mask` tells the real entries.
+    """
+
+    slots: tuple[Slot, ...]
+    candidates: tuple[tuple[int, ...], ...]
+    fixed: tuple[tuple[Slot, int], ...] = ()  # slot and width, FLOAT_BITS where it stays float
+    tied: tuple[tuple[int, ...], ...] = ()  # groups of indices into `slots` that must take the same width
+
+    def __post_init__(self) -> None:
+        if len(self.slots) != len(self.candidates):
+            raise ValueError("candidates: one tuple of widths per slot")
+        for slot, widths in zip(self.slots, self.candidates, strict=True):
+            if not widths or list(widths) != sorted(set(widths)):
+                raise ValueError(f"candidates of {slot.name}: distinct widths in ascending order, not {widths}")
+
+    @property
+    def width_count(self) -> int:
+        """The size of the candidates axis."""
+        return max((len(c) for c in self.candidates), default=0)
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """True where a candidate exists, [slots, candidates]."""
+        return np.arange(self.width_count) < np.array([[len(c)] for c in self.candidates]).reshape(-1, 1)
+
+    @property
+    def widths(self) -> Table:
+        """Bits, [slots, candidates]; NaN where a slot has fewer candidates."""
+        table = np.full((len(self.slots), self.width_count), np.nan)
+        for row, widths in zip(table, self.candidates, strict=True):
+            row[: len(widths)] = widths
+        return table
+
+    def lowest(self) -> Assignments:
+        return np.zeros(len(self.slots), np.int8)
+
+    def highest(self) -> Assignments:
+        return np.array([len(c) - 1 for c in self.candidates], np.int8)
+
+    def bits(self, assignment: Assignments) -> dict[str, int]:
+        """Width by slot name, fixed slots included."""
+        searched = {s.name: c[int(a)] for s, c, a in zip(self.slots, self.candidates, assignment, strict=True)}
+        return searched | {slot.name: width for slot, width in self.fixed}
+
+    def one_hot(self, assignments: Assignments) -> Mixtures:
+        """The mixtures [n, slots, candidates] that are these assignments [n, slots]."""
+        return np.eye(self.width_count, dtype=np.float32)[np.asarray(assignments, np.intp)]
+
+
+@dataclass(frozen=True)
+class Product:
+    """A cost that depends on the widths of two slots: `cost[i, j]` for candidate i of `first` and j of `second`."""
+
+    first: int
+    second: int
+    cost: Table
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Sum of an additive cost table and of products, at most `limit`, in `unit`; fixed slots are in `constant`."""
+
+    name: str
+    unit: str
+    limit: float
+    table: Table
+    products: tuple[Product, ...] = ()
+    constant: float = 0.0
+
+    def cost(self, assignments: Assignments) -> Values:
+        """Cost of each assignment, [n], in `unit`."""
+        rows = np.atleast_2d(np.asarray(assignments, np.intp))
+        total = self.constant + self.table[np.arange(self.table.shape[0]), rows].sum(axis=1)
+        for product in self.products:
+            total = total + product.cost[rows[:, product.first], rows[:, product.second]]
+        return np.asarray(total, np.float64)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Every limit that a plan must meet, and the slots that must agree."""
+
+    limits: tuple[Limit, ...]
+    tied: tuple[tuple[int, ...], ...] = ()
+
+    def feasible(self, assignments: Assignments) -> NDArray[np.bool_]:
+        """Which of the assignments [n, slots] meet every limit, [n]."""
+        rows = np.atleast_2d(assignments)
+        good = np.ones(len(rows), np.bool_)
+        for limit in self.limits:
+            good &= limit.cost(rows) <= limit.limit * (1 + 1e-9) + 1e-9
+        for group in self.tied:
+            good &= (rows[:, list(group)] == rows[:, [group[0]]]).all(axis=1)
+        return good
+
+
+class Evaluator(Protocol):
+    """The one seam between numbers and tensors."""
+
+    fingerprint: str
+    space: Space
+    slots: tuple[str, ...]  # names of the searched slots
+    groups: NDArray[np.float64]  # [groups]: the share of the calibration samples in each group, sums to 1
+    rows_per_batch: int  # how many rows are worth asking at once
+
+    def __call__(self, mixtures: Mixtures | Assignments) -> Values:
+        """Mixtures [n, slots, candidates] or assignments [n, slots] to values [n]: minus the mean loss."""
+
+    def by_group(self, mixtures: Mixtures | Assignments) -> NDArray[np.float64]:
+        """The same value for each group of calibration samples, [n, groups]; `by_group(m) @ groups` is the value."""
+
+
+class Game(Protocol):
+    """Coalitions in, values out; `spent` counts the coalitions asked, whether or not the answer was known."""
+
+    players: int
+    spent: int
+
+    def __call__(self, coalitions: Coalitions) -> Values: ...
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Value per player with its standard error, and the evaluations spent so far. Arrays [players]."""
+
+    values: Values
+    standard_errors: Values
+    evaluations: int
+
+
+class Estimator(Protocol):
+    def steps(self, game: Game, budget: int, rng: np.random.Generator) -> Iterator[Attribution]:
+        """Ever better attributions of `game`, spending at most `budget` evaluations in all; the caller may stop."""
+
+
+class Solver(Protocol):
+    def __call__(self, table: Table, budget: Budget, pairwise: NDArray[np.float64] | None = None) -> Assignments:
+        """The assignment [slots] of least summed damage `table` within `budget`; +inf marks what is not allowed.
+
+        Raises Infeasible.
+        """
+
+
+class Store(Protocol):
+    def read(self, study: str) -> dict[bytes, NDArray[np.float64]]: ...
+
+    def append(self, study: str, rows: Mapping[bytes, NDArray[np.float64]]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A quantization grid: value = (code - zero_point) * scale, code in [quant_min, quant_max]."""
+
+    scale: NDArray[np.float32]  # [channels] or []
+    zero_point: NDArray[np.float32]  # the shape of scale
+    quant_min: int
+    quant_max: int
+    axis: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The chosen assignment with everything needed to rebuild the quantized model from the float one."""
+
+    method: str
+    seed: int
+    fingerprint: str
+    bits: dict[str, int]  # slot name -> width, fixed slots included
+    grids: dict[str, Grid] = field(default_factory=dict)  # slot name -> grid at that width; float slots are absent
+    statistics: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = field(default_factory=dict)
+    version: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "version": self.version,
+            "method": self.method,
+            "seed": self.seed,
+            "fingerprint": self.fingerprint,
+            "bits": self.bits,
+            "grids": {
+                name: {
+                    "scale": g.scale.tolist(),
+                    "zero_point": g.zero_point.tolist(),
+                    "quant_min": g.quant_min,
+                    "quant_max": g.quant_max,
+                    "axis": g.axis,
+                }
+                for name, g in self.grids.items()
+            },
+            "statistics": {name: [m.tolist(), v.tolist()] for name, (m, v) in self.statistics.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """The plan in a plan.json object. Raises SmpqError where it is not one."""
+        try:
+            if data["version"] != 1:
+                raise SmpqError(f"plan: version {data['version']} is not known; this release reads version 1")
+            return cls(
+                method=str(data["method"]),
+                seed=int(data["seed"]),
+                fingerprint=str(data["fingerprint"]),
+                bits={str(k): int(v) for k, v in data["bits"].items()},
+                grids={
+                    str(k): Grid(
+                        np.asarray(g["scale"], np.float32),
+                        np.asarray(g["zero_point"], np.float32),
+                        int(g["quant_min"]),
+                        int(g["quant_max"]),
+                        None if g["axis"] is None else int(g["axis"]),
+                    )
+                    for k, g in data["grids"].items()
+                },
+                statistics={
+                    str(k): (np.asarray(m, np.float32), np.asarray(v, np.float32))
+                    for k, (m, v) in data["statistics"].items()
+                },
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise SmpqError(f"plan: not a plan of this library ({type(error).__name__}: {error})") from error
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a method hands back: the assignment, and what it learned on the way."""
+
+    assignment: Assignments
+    scores: Table | None = None  # predicted damage [slots, candidates]
+    score_errors: Table | None = None  # its standard errors
+    predicted_loss: float | None = None  # loss that the method expects of the assignment
+    attribution: Attribution | None = None  # of the slots, where a game was played
+    trace: tuple[tuple[float, float], ...] = ()  # predicted and measured loss of assignments near the budget
+    finding: str = ""  # one sentence on what the search found
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All that a method may look at."""
+
+    space: Space
+    budget: Budget
+    evaluator: Evaluator
+    holdout: Evaluator | None  # the same model on calibration samples kept apart; only for methods with `holdout = True`
+    model: Any  # the engine's handle on model and data, for methods that need gradients or weights
+    evaluations: int  # at most so many rows may be asked of evaluator and holdout together
+    seed: int
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+
+    def rng(self, *stream: int) -> np.random.Generator:
+        """A random stream of its own for every (seed, stream)."""
+        return np.random.default_rng([self.seed, *stream])
+
+
+class Method(Protocol):
+    """Chooses an assignment; `holdout` says whether part of the calibration data is to be kept apart for it."""
+
+    holdout: bool
+
+    def allocate(self, problem: Problem) -> Answer: ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """The plan, how it was found, and what it cost. Losses are means over the calibration data."""
+
+    plan: Plan
+    space: Space
+    budget: Mapping[str, float]  # limit name -> limit
+    cost: Mapping[str, float]  # limit name -> cost of the plan, and weight-bits, activation-bits, bytes, bitops
+    attribution: Attribution | None
+    scores: Table | None
+    score_errors: Table | None
+    predicted_loss: float | None
+    measured_loss: float
+    float_loss: float
+    trace: tuple[tuple[float, float], ...]
+    finding: str
+    evaluations: int
+    seconds: Mapping[str, float]  # calibrate, search, verify
+    peak_bytes: int
+    left_out: Mapping[str, str] = field(default_factory=dict)  # module -> why it is not quantized
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write result.json and plan.json into the folder `path`, each in one step."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "plan.json", json.dumps(self.plan.to_json()))
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("plan", "space", "attribution")}
+        data["space"] = {
+            "slots": [vars(s) for s in self.space.slots],
+            "candidates": self.space.candidates,
+            "fixed": [[vars(s), w] for s, w in self.space.fixed],
+            "tied": self.space.tied,
+        }
+        data["attribution"] = None if self.attribution is None else vars(self.attribution)
+        write_text(folder / "result.json", json.dumps(data, default=_plain, indent=1))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Result:
+        """Read what `save` wrote. Raises SmpqError where the folder holds no result."""
+        folder = Path(path)
+        try:
+            data = json.loads((folder / "result.json").read_text())
+            plan = Plan.from_json(json.loads((folder / "plan.json").read_text()))
+            space = data["space"]
+            data["space"] = Space(
+                tuple(Slot(**s) for s in space["slots"]),
+                tuple(tuple(c) for c in space["candidates"]),
+                tuple((Slot(**s), w) for s, w in space["fixed"]),
+                tuple(tuple(t) for t in space["tied"]),
+            )
+            if data["attribution"] is not None:
+                a = data["attribution"]
+                data["attribution"] = Attribution(
+                    np.asarray(a["values"], np.float64), np.asarray(a["standard_errors"], np.float64), a["evaluations"]
+                )
+            for name in ("scores", "score_errors"):
+                data[name] = None if data[name] is None else np.asarray(data[name], np.float64)
+            data["trace"] = tuple((p, m) for p, m in data["trace"])
+            return cls(plan=plan, **data)
+        except OSError as error:
+            raise SmpqError(f"result: cannot read {error.filename}: {error.strerror}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise SmpqError(f"result: {folder} holds no result of this library ({error})") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file in one step, so that a reader or a crash never sees half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} cannot be written to result.json")

@@ -1,0 +1,422 @@
+"""The ops: typed functions, and the rules (fake, gradient, vmap) that make them good citizens of torch.
+
+The kernels live behind `torch.ops.smpq`, in csrc/<op>.cpp; what each computes is in `smpq_ext.reference`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from smpq_ext import reference
+
+OPS = (
+    "fake_quantize",
+    "fake_quantize_backward",
+    "coalition_fake_quantize",
+    "coalition_fake_quantize_list",
+    "quantization_error",
+)
+
+try:
+    from smpq_ext import _C  # registers torch.ops.smpq.*
+
+    compiled = True
+except ImportError as error:
+    compiled = False
+    warnings.warn(
+        f"smpq_ext: the compiled kernels cannot be loaded ({error}); plain torch is used, which is many times slower. "
+        "`smpq doctor` says more.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    _fallback = torch.library.Library("smpq", "DEF")
+    for _name in OPS:
+        _function = getattr(reference, _name)
+        _fallback.define(_name + torch.library.infer_schema(_function, mutates_args=()))
+        _fallback.impl(_name, _function, "CPU")
+        _fallback.impl(_name, _function, "CUDA")
+
+_smpq = torch.ops.smpq
+
+
+def bounds(bits: int | Tensor, signed: bool = True) -> tuple[Any, Any]:
+    """The codes of a width of 1 to 16 bits: [-2^(bits-1), 2^(bits-1) - 1], or [0, 2^bits - 1] where unsigned."""
+    if isinstance(bits, Tensor):
+        one = torch.ones_like(bits, dtype=torch.int32)
+        levels = torch.bitwise_left_shift(one, bits.to(torch.int32))
+    else:
+        if not 1 <= bits <= 16:
+            raise ValueError(f"bits: a width from 1 to 16, not {bits}")
+        levels = 1 << bits
+    return (-(levels // 2), levels // 2 - 1) if signed else (0 * levels, levels - 1)
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | float | None = None,
+    *,
+    bits: int | Tensor | None = None,
+    quant_min: int | Tensor | None = None,
+    quant_max: int | Tensor | None = None,
+    axis: int | None = None,
+    group_size: int | None = None,
+    signed: bool = True,
+) -> Tensor:
+    """Round x to the nearest point of a quantization grid, at any width of 1 to 16 bits.
+
+    value = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale, half to even.
+
+    scale, zero_point: [] for the whole tensor, [channels] along `axis`, or x's shape with `axis` (default: the last)
+    divided by `group_size`. An integer zero point is added after rounding, a floating one before, as in torch; the
+    results are torch's fake_quantize_per_tensor_affine and _per_channel_affine bit for bit wherever these are defined.
+    bits, or quant_min and quant_max: numbers, or integer tensors of scale's shape (a width of its own per channel).
+    One bit, signed, is {-1, +1} * scale: the codes -1 and 0 of a grid of step 2 * scale and zero point -1/2.
+    NaN stays NaN and ±inf saturates to the nearest bound (torch's per-channel op maps both to the lowest code).
+    A scale of 0 gives 0. Gradients: straight-through for x, LSQ for scale and floating zero point.
+
+    Raises ValueError for contradicting widths, RuntimeError for shapes, dtypes or devices that do not fit.
+    """
+    if not isinstance(scale, Tensor):
+        scale = torch.tensor(float(scale), dtype=torch.float32, device=x.device)
+    if zero_point is not None and not isinstance(zero_point, Tensor):
+        zero_point = torch.tensor(zero_point, device=x.device)
+    if bits is not None:
+        if quant_min is not None or quant_max is not None:
+            raise ValueError("bits: give either bits, or quant_min and quant_max, not both")
+        quant_min, quant_max = bounds(bits, signed)
+        if signed and zero_point is None:
+            scale, zero_point = _one_bit_grid(bits, scale)
+    if quant_min is None or quant_max is None:
+        raise ValueError("bits: give bits, or both quant_min and quant_max")
+    low, bound_min = _bound(quant_min, scale)
+    high, bound_max = _bound(quant_max, scale)
+    scale, zero_point = _computable(x, scale, zero_point)
+    return _smpq.fake_quantize(x, scale, zero_point, low, high, bound_min, bound_max, axis, group_size)
+
+
+def coalition_fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: Tensor,
+    quant_max: Tensor,
+    mixtures: Tensor,
+    *,
+    axis: int | None = None,
+    parent: Tensor | None = None,
+) -> Tensor:
+    """Fake-quantize x once for every coalition: row i is sum_c mixtures[i, c] * fake_quantize(x, grid c).
+
+    scale, zero_point: [candidates], or [candidates, channels] with `axis`; quant_min, quant_max: int32 [candidates];
+    mixtures: float32 [n, candidates], one-hot for an assignment. Returns [n, *x.shape].
+    With `parent`, int64 [n], x is [parents, ...] and row i descends from x[parent[i]]; returns [n, *x.shape[1:]].
+    `axis` counts the dimensions of one row, so it is the same with and without `parent`.
+    Gradients flow to x (straight-through) and mixtures.
+
+    Raises RuntimeError for shapes, dtypes or devices that do not fit.
+    """
+    scale, zero_point = _computable(x, scale, zero_point)
+    low, high = quant_min.to(torch.int32), quant_max.to(torch.int32)
+    return _smpq.coalition_fake_quantize(x, scale, zero_point, low, high, mixtures.to(scale.dtype), axis, parent)
+
+
+def coalition_fake_quantize_list(
+    x: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    zero_point: Sequence[Tensor],
+    quant_min: Sequence[Tensor],
+    quant_max: Sequence[Tensor],
+    mixtures: Sequence[Tensor],
+    *,
+    axis: int | None = None,
+) -> list[Tensor]:
+    """`coalition_fake_quantize` of several tensors, such as the weights of all layers, in one launch; no gradients.
+
+    Each list holds one entry per tensor, shaped as there; an empty `zero_point` list means 0 everywhere. All tensors
+    share one dtype.
+
+    Raises RuntimeError for shapes, dtypes or devices that do not fit.
+    """
+    return list(
+        _smpq.coalition_fake_quantize_list(
+            list(x), list(scale), list(zero_point), list(quant_min), list(quant_max), list(mixtures), axis
+        )
+    )
+
+
+def quantization_error(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: Tensor,
+    quant_max: Tensor,
+    *,
+    axis: int | None = None,
+) -> Tensor:
+    """Sum over x of (fake_quantize(x) - x)^2 for every candidate grid, without materialising any; float32, no gradients.
+
+    scale, zero_point: [candidates], or [candidates, channels] with `axis`; quant_min, quant_max: int32 [candidates].
+    Returns [candidates], or [candidates, channels] with `axis`.
+
+    Raises RuntimeError for shapes, dtypes or devices that do not fit.
+    """
+    scale, zero_point = _computable(x, scale, zero_point)
+    low, high = quant_min.to(torch.int32), quant_max.to(torch.int32)
+    return _smpq.quantization_error(x, scale, zero_point, low, high, axis)
+
+
+def coalition_linear(x: Tensor, weight: Tensor, bias: Tensor | None, variant: Sequence[int]) -> Tensor:
+    """The linear layer for n coalitions: row i is x[i] @ weight[variant[i]].T + bias.
+
+    x: [n, ..., in]; weight: [variants, out, in]; bias: [out] or None; variant: n indices. Returns [n, ..., out].
+
+    Raises RuntimeError for shapes that do not fit.
+    """
+    return _smpq.coalition_linear(x, weight, bias, list(variant))
+
+
+def coalition_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    variant: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """The 2-d convolution for n coalitions: row i is conv2d(x[i], weight[variant[i]], bias).
+
+    x: [n, batch, channels, height, width]; weight: [variants, out, channels / groups, kh, kw]; bias: [out] or None;
+    variant: n indices. Returns [n, batch, out, ...].
+
+    Raises RuntimeError for shapes that do not fit.
+    """
+    return _smpq.coalition_conv2d(
+        x, weight, bias, list(variant), list(stride), list(padding), list(dilation), groups
+    )
+
+
+# --- sugar -----------------------------------------------------------------------------------------------------------
+
+
+def _one_bit_grid(bits: int | Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+    """{-1, +1} * scale as a uniform grid, where the width is 1; other widths keep their scale and the zero point 0."""
+    if isinstance(bits, Tensor):
+        one = bits == 1
+        return torch.where(one, 2 * scale, scale), torch.where(one, -0.5, 0.0).to(scale.dtype)
+    return (2 * scale, torch.full_like(scale, -0.5, requires_grad=False)) if bits == 1 else (scale, None)
+
+
+def _bound(bound: int | Tensor, scale: Tensor) -> tuple[Tensor | None, int]:
+    """A bound as the op takes it: a tensor of scale's shape, or none and a number."""
+    if not isinstance(bound, Tensor):
+        return None, bound
+    return bound.to(torch.int32).expand(scale.shape), 0
+
+
+def _computable(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The parameters in the dtypes that the kernels read: float32, or float64 for a float64 x; integers as int32."""
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if zero_point is not None:
+        zero_point = zero_point.to(compute if zero_point.is_floating_point() else torch.int32)
+        if zero_point.dim() == 0 and scale.dim() == 1:
+            zero_point = zero_point.expand(scale.shape)
+    return scale.to(compute), zero_point
+
+
+# --- the layers for n coalitions: composed of torch's own products, so gradients, vmap and compile follow --------------
+
+_library = torch.library.Library("smpq", "FRAGMENT")
+
+
+def _per_variant(
+    x: Tensor, weight: Tensor, variant: Sequence[int], layer: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Apply `layer` to each run of rows that share a weight; callers sort rows so that runs are long."""
+    if len(variant) != x.shape[0]:
+        raise RuntimeError(f"variant: {len(variant)} indices for {x.shape[0]} rows of x")
+    if any(not 0 <= v < weight.shape[0] for v in variant):
+        raise RuntimeError(f"variant: an index is outside the {weight.shape[0]} variants of weight")
+    if not variant:
+        raise RuntimeError("x: no rows")
+    starts = [i for i in range(len(variant)) if i == 0 or variant[i] != variant[i - 1]]
+    ends = [*starts[1:], len(variant)]
+    runs = [layer(x[a:b], weight[variant[a]]) for a, b in zip(starts, ends, strict=True)]
+    return runs[0] if len(runs) == 1 else torch.cat(runs)
+
+
+def _coalition_linear(x: Tensor, weight: Tensor, bias: Tensor | None, variant: Sequence[int]) -> Tensor:
+    return _per_variant(x, weight, variant, lambda rows, w: F.linear(rows, w, bias))
+
+
+def _coalition_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    variant: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    def conv(rows: Tensor, w: Tensor) -> Tensor:
+        out = F.conv2d(rows.flatten(0, 1), w, bias, stride, padding, dilation, groups)
+        return out.unflatten(0, rows.shape[:2])
+
+    return _per_variant(x, weight, variant, conv)
+
+
+_library.define("coalition_linear(Tensor x, Tensor weight, Tensor? bias, int[] variant) -> Tensor")
+_library.define(
+    "coalition_conv2d(Tensor x, Tensor weight, Tensor? bias, int[] variant, SymInt[] stride, SymInt[] padding, "
+    "SymInt[] dilation, SymInt groups) -> Tensor"
+)
+_library.impl("coalition_linear", _coalition_linear, "CompositeImplicitAutograd")
+_library.impl("coalition_conv2d", _coalition_conv2d, "CompositeImplicitAutograd")
+
+
+# --- shapes without data -----------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("smpq::fake_quantize")
+def _(x, scale, zero_point, quant_min, quant_max, bound_min, bound_max, axis, group_size):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x.contiguous() if group_size is not None else x)
+
+
+@torch.library.register_fake("smpq::fake_quantize_backward")
+def _(grad, x, scale, zero_point, quant_min, quant_max, bound_min, bound_max, axis, group_size, with_scale):  # type: ignore[no-untyped-def]
+    parameters = [torch.empty_like(scale) if with_scale else scale.new_empty(0) for _ in range(2)]
+    return torch.empty_like(x.contiguous() if group_size is not None else x), *parameters
+
+
+def _new_rows(x: Tensor, n: int, has_parent: bool) -> Tensor:
+    row = x.new_empty(x.shape[1:]) if has_parent and x.shape[0] == 0 else x[0] if has_parent else x
+    row = torch.empty_like(row)
+    return x.new_empty_strided((n, *row.shape), (row.numel(), *row.stride()))
+
+
+@torch.library.register_fake("smpq::coalition_fake_quantize")
+def _(x, scale, zero_point, quant_min, quant_max, mixtures, axis, parent):  # type: ignore[no-untyped-def]
+    return _new_rows(x, mixtures.shape[0], parent is not None)
+
+
+@torch.library.register_fake("smpq::coalition_fake_quantize_list")
+def _(x, scale, zero_point, quant_min, quant_max, mixtures, axis):  # type: ignore[no-untyped-def]
+    return [_new_rows(t, m.shape[0], False) for t, m in zip(x, mixtures, strict=True)]
+
+
+@torch.library.register_fake("smpq::quantization_error")
+def _(x, scale, zero_point, quant_min, quant_max, axis):  # type: ignore[no-untyped-def]
+    return torch.empty_like(scale, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
+# --- gradients ---------------------------------------------------------------------------------------------------------
+
+
+def _save_fake_quantize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.settings = inputs[5:]
+
+
+def _fake_quantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, scale, zero_point, low, high = ctx.saved_tensors
+    with_scale = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    grad_x, grad_scale, grad_zero_point = _smpq.fake_quantize_backward(
+        grad, x, scale, zero_point, low, high, *ctx.settings, with_scale
+    )
+    return (
+        grad_x,
+        grad_scale if ctx.needs_input_grad[1] else None,
+        grad_zero_point if ctx.needs_input_grad[2] else None,
+        *[None] * 6,
+    )
+
+
+torch.library.register_autograd("smpq::fake_quantize", _fake_quantize_backward, setup_context=_save_fake_quantize)
+
+
+def _save_coalition(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.axis, parent = inputs
+    ctx.save_for_backward(*tensors, parent)
+
+
+def _coalition_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, scale, zero_point, low, high, mixtures, parent = ctx.saved_tensors
+    rows = x.unsqueeze(0) if parent is None else x
+    parents = grad.new_zeros(grad.shape[0], dtype=torch.int64) if parent is None else parent
+    axis = None if ctx.axis is None else ctx.axis % (rows.dim() - 1) + 1
+    weights = mixtures.view(*mixtures.shape, *[1] * (rows.dim() - 1))
+    grad_x = torch.zeros_like(rows)
+    grad_scale, grad_zero_point, grad_mixtures = [], [], []
+    for c in range(scale.shape[0]):
+        one = scale[c] if axis is not None else scale[c : c + 1]
+        zero = None if zero_point is None else zero_point[c].reshape(one.shape)
+        settings = (low[c].expand(one.shape), high[c].expand(one.shape), 0, 0, axis, None)
+        received = torch.zeros_like(rows, dtype=mixtures.dtype).index_add(0, parents, grad * weights[:, c])
+        part, part_scale, part_zero_point = _smpq.fake_quantize_backward(
+            received.to(x.dtype), rows, one, zero, *settings, True
+        )
+        grad_x = grad_x + part
+        grad_scale.append(part_scale.reshape(scale[c].shape))
+        grad_zero_point.append(part_zero_point.reshape(scale[c].shape))
+        if ctx.needs_input_grad[5]:
+            value = _smpq.fake_quantize(rows, one, zero, *settings)
+            grad_mixtures.append((grad * value[parents]).to(mixtures.dtype).flatten(1).sum(1))
+    needs_zero_point = zero_point is not None and zero_point.is_floating_point()
+    return (
+        grad_x.reshape(x.shape),
+        torch.stack(grad_scale),
+        torch.stack(grad_zero_point) if needs_zero_point else None,
+        None,
+        None,
+        torch.stack(grad_mixtures, 1) if grad_mixtures else None,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd("smpq::coalition_fake_quantize", _coalition_backward, setup_context=_save_coalition)
+
+
+# --- vmap --------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_vmap("smpq::fake_quantize")
+def _(info, in_dims, x, scale, zero_point, low, high, bound_min, bound_max, axis, group_size):  # type: ignore[no-untyped-def]
+    if any(d is not None for d in in_dims[1:5]):  # a grid for each sample
+        parts = [
+            _smpq.fake_quantize(
+                *(t if d is None else t.select(d, i) for t, d in zip((x, scale, zero_point, low, high), in_dims)),
+                *(bound_min, bound_max, axis, group_size),
+            )
+            for i in range(info.batch_size)
+        ]
+        return torch.stack(parts), 0
+    x = x.movedim(in_dims[0], 0)
+    axis = axis if axis is None or axis < 0 else axis + 1
+    return _smpq.fake_quantize(x, scale, zero_point, low, high, bound_min, bound_max, axis, group_size), 0
+
+
+@torch.library.register_vmap("smpq::coalition_fake_quantize")
+def _(info, in_dims, x, scale, zero_point, low, high, mixtures, axis, parent):  # type: ignore[no-untyped-def]
+    tensors = (x, scale, zero_point, low, high, mixtures, parent)
+    dims = (*in_dims[:6], in_dims[7])
+    if dims[5] is not None and all(d is None for d in (*dims[:5], dims[6])):  # coalitions: still one launch
+        mixtures = mixtures.movedim(dims[5], 0)
+        if parent is not None:
+            parent = parent.repeat(info.batch_size)
+        out = _smpq.coalition_fake_quantize(x, scale, zero_point, low, high, mixtures.flatten(0, 1), axis, parent)
+        return out.unflatten(0, mixtures.shape[:2]), 0
+    parts = []
+    for i in range(info.batch_size):
+        *one, one_parent = (t if d is None else t.select(d, i) for t, d in zip(tensors, dims))
+        parts.append(_smpq.coalition_fake_quantize(*one, axis, one_parent))
+    return torch.stack(parts), 0

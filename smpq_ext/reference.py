@@ -1,0 +1,189 @@
+"""Every op in plain torch: the specification, the test oracle, the baseline, and the fallback without the extension.
+
+The signatures are those of the torch ops (`torch.ops.smpq.*`); the public functions of `smpq_ext.ops` add the sugar.
+A grid is (scale, zero_point, bounds): value = (code - zero_point) * scale with code in [quant_min, quant_max].
+Results are bit-equal to the kernels' for float32, bfloat16 and float16, except the sums of `quantization_error` and of
+the gradients, which are equal up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def broadcast(parameter: Tensor, x: Tensor, axis: int | None, group_size: int | None) -> Tensor:
+    """View a parameter per tensor [] or [1], per channel [channels] or per group [..., groups, ...] so that it meets x.
+
+    With groups, x is to be seen through `grouped`.
+    """
+    if group_size is not None:
+        return parameter.unsqueeze((-1 if axis is None else axis) % x.dim() + 1)
+    if parameter.numel() == 1 and axis is None:
+        return parameter.reshape(())
+    assert axis is not None
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    return parameter.reshape(shape)
+
+
+def grouped(x: Tensor, axis: int | None, group_size: int | None) -> Tensor:
+    """x with the grouped axis split into [groups, group_size]; x itself without groups."""
+    if group_size is None:
+        return x
+    axis = (-1 if axis is None else axis) % x.dim()
+    return x.unflatten(axis, (-1, group_size))
+
+
+def raw_code(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """The code before clamping. An integer zero point is added after rounding, a floating one before it, as in torch."""
+    limit = torch.finfo(scale.dtype).max
+    inverse = torch.where(scale == 0, 0, (1 / scale).clamp(-limit, limit))
+    if zero_point is None:
+        return torch.round(x * inverse) + 0.0
+    if not zero_point.is_floating_point():
+        return torch.round(x * inverse) + zero_point.to(x.dtype)
+    fused = x.double() * inverse.double() + zero_point.double()  # one rounding, as fma
+    return torch.round(fused.to(x.dtype)) + 0.0
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: Tensor | None,
+    quant_max: Tensor | None,
+    bound_min: int,
+    bound_max: int,
+    axis: int | None,
+    group_size: int | None,
+) -> Tensor:
+    value, _, _ = _forward(x, scale, zero_point, quant_min, quant_max, bound_min, bound_max, axis, group_size)
+    return value.to(x.dtype).reshape(x.shape).clone(memory_format=torch.preserve_format)
+
+
+def fake_quantize_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: Tensor | None,
+    quant_max: Tensor | None,
+    bound_min: int,
+    bound_max: int,
+    axis: int | None,
+    group_size: int | None,
+    with_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x (straight-through), scale and zero point (LSQ, Esser et al. 2020, eq. 3); the last two may be left out."""
+    value, raw, code = _forward(x, scale, zero_point, quant_min, quant_max, bound_min, bound_max, axis, group_size)
+    inside = raw == code
+    grad_ = grouped(grad, axis, group_size).to(value.dtype)
+    x_ = grouped(x, axis, group_size).to(value.dtype)
+    grad_x = (grad_ * inside).to(x.dtype).reshape(x.shape)
+    if not with_scale:
+        return grad_x, scale.new_empty(0), scale.new_empty(0)
+    s = broadcast(scale, x, axis, group_size)
+    z = torch.zeros_like(s) if zero_point is None else broadcast(zero_point, x, axis, group_size).to(value.dtype)
+    grad_scale = grad_ * torch.where(inside, (value - x_) / s, code - z)
+    grad_zero_point = torch.where(inside, 0, -(grad_ * s))
+    return grad_x, grad_scale.sum_to_size(s.shape).reshape(scale.shape), grad_zero_point.sum_to_size(s.shape).reshape(scale.shape)
+
+
+def coalition_fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: Tensor,
+    quant_max: Tensor,
+    mixtures: Tensor,
+    axis: int | None,
+    parent: Tensor | None,
+) -> Tensor:
+    """Row i is sum_c mixtures[i, c] * fake_quantize(x[parent[i]], grid c), added in the order of c in float32.
+
+    A weight of 0 adds nothing, and a weight of 1 does not multiply: a one-hot row is `fake_quantize` bit for bit.
+    """
+    rows = x.unsqueeze(0) if parent is None else x
+    row_axis = None if axis is None else axis % (rows.dim() - 1)
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    values = []
+    for c in range(scale.shape[0]):
+        zero = None if zero_point is None else zero_point[c]
+        low, high = int(quant_min[c]), int(quant_max[c])
+        channel_axis = None if row_axis is None else row_axis + 1
+        value, _, _ = _forward(rows, scale[c], zero, None, None, low, high, channel_axis, None)
+        values.append(value)
+    out = []
+    for i in range(mixtures.shape[0]):
+        p = 0 if parent is None else int(parent[i])
+        total = None
+        for c, value in enumerate(values):
+            weight = mixtures[i, c]
+            if weight == 0:
+                continue
+            term = value[p] if weight == 1 else weight * value[p]
+            total = term if total is None else total + term
+        out.append(torch.zeros_like(rows[p], dtype=compute) if total is None else total)
+    if not out:
+        return rows.new_empty((0, *rows.shape[1:]))
+    return torch.stack(out).to(x.dtype)
+
+
+def coalition_fake_quantize_list(
+    x: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    zero_point: Sequence[Tensor],
+    quant_min: Sequence[Tensor],
+    quant_max: Sequence[Tensor],
+    mixtures: Sequence[Tensor],
+    axis: int | None,
+) -> list[Tensor]:
+    """`coalition_fake_quantize` of several tensors; an empty `zero_point` list means 0 everywhere."""
+    zeros = list(zero_point) or [None] * len(x)
+    parts = zip(x, scale, zeros, quant_min, quant_max, mixtures, strict=True)
+    return [coalition_fake_quantize(*part, axis, None) for part in parts]
+
+
+def quantization_error(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, quant_min: Tensor, quant_max: Tensor, axis: int | None
+) -> Tensor:
+    """Sum of (fake_quantize(x) - x)^2 for every candidate, [candidates], or [candidates, channels] with an axis."""
+    errors = []
+    for c in range(scale.shape[0]):
+        zero = None if zero_point is None else zero_point[c]
+        value, _, _ = _forward(x, scale[c], zero, None, None, int(quant_min[c]), int(quant_max[c]), axis, None)
+        square = (value - x.to(value.dtype)).double().square()
+        others = [d for d in range(x.dim()) if axis is None or d != axis % x.dim()]
+        errors.append(square.sum(others) if others else square)
+    return torch.stack(errors).float() if errors else scale.new_empty(scale.shape)
+
+
+def _forward(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: Tensor | None,
+    quant_max: Tensor | None,
+    bound_min: int,
+    bound_max: int,
+    axis: int | None,
+    group_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, raw code and clamped code, in float32 (float64 for float64), with groups split off."""
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x_ = grouped(x, axis, group_size).to(compute)
+    s = broadcast(scale, x, axis, group_size).to(compute)
+    z = None if zero_point is None else broadcast(zero_point, x, axis, group_size)
+    low = bound_min if quant_min is None else broadcast(quant_min, x, axis, group_size).to(compute)
+    high = bound_max if quant_max is None else broadcast(quant_max, x, axis, group_size).to(compute)
+    raw = raw_code(x_, s, z)
+    code = torch.clamp(raw, low, high) if isinstance(low, int) == isinstance(high, int) else raw.clamp(min=low).clamp(max=high)
+    if z is None:
+        return code * s, raw, code
+    if not z.is_floating_point():
+        return (code - z.to(compute)) * s, raw, code
+    # With a zero point that is not a small dyadic number torch's product is a double's; else both are the same.
+    return ((code.double() - z.double()) * s.double()).to(compute), raw, code

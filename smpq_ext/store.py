@@ -1,0 +1,170 @@
+"""Every evaluation, kept as soon as it is known: running again is resuming."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smpq_ext.core import Assignments, Evaluator, Mixtures, SmpqError, Store, Values
+
+SCHEMA = 1
+
+
+class SqliteStore:
+    """Evaluations in an SQLite file that several processes may share; what `append` returned from survives a crash.
+
+    Raises SmpqError where the file cannot be opened or written, is no such database, or has another schema version.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        with self._clear_errors():
+            # autocommit, so that transactions are where they are written
+            self._database = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+            try:
+                self._open()
+            except BaseException:
+                self._database.close()
+                raise
+
+    def _open(self) -> None:
+        # one transaction, so that two processes may create the file at once
+        self._database.execute("BEGIN IMMEDIATE")
+        (version,) = self._database.execute("PRAGMA user_version").fetchone()
+        (tables,) = self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if version == 0 and tables == 0:
+            self._database.execute(
+                "CREATE TABLE evaluations (study TEXT, key BLOB, groups BLOB, PRIMARY KEY (study, key)) WITHOUT ROWID"
+            )
+            self._database.execute(f"PRAGMA user_version = {SCHEMA}")
+        elif version != SCHEMA:
+            raise SmpqError(
+                f"store: {self.path} has schema version {version}, this release reads {SCHEMA}; name another file"
+            )
+        self._database.execute("COMMIT")
+        self._database.execute("PRAGMA journal_mode = WAL")
+        self._database.execute("PRAGMA synchronous = FULL")
+
+    def read(self, study: str) -> dict[bytes, NDArray[np.float64]]:
+        """All that is known of the study: key to values [groups]."""
+        with self._clear_errors():
+            rows = self._database.execute("SELECT key, groups FROM evaluations WHERE study = ?", (study,)).fetchall()
+            return {key: np.frombuffer(groups, "<f8").astype(np.float64) for key, groups in rows}
+
+    def append(self, study: str, rows: Mapping[bytes, NDArray[np.float64]]) -> None:
+        """Add rows, values [groups] by key, in one transaction; a key that is known keeps its first values."""
+        data = [(study, key, np.asarray(groups, "<f8").tobytes()) for key, groups in rows.items()]
+        with self._clear_errors(), self._database:
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.executemany("INSERT OR IGNORE INTO evaluations VALUES (?, ?, ?)", data)
+
+    def close(self) -> None:
+        """Close the file; the store cannot be used any more."""
+        self._database.close()
+
+    @contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise SmpqError(f"store: cannot use {self.path} ({error})") from error
+        except (sqlite3.DatabaseError, ValueError) as error:
+            raise SmpqError(f"store: {self.path} is damaged or no store of this library ({error})") from error
+
+
+class MemoryStore:
+    """Evaluations in memory, for tests and for searches that need no resuming."""
+
+    def __init__(self) -> None:
+        self._studies: dict[str, dict[bytes, NDArray[np.float64]]] = {}
+
+    def read(self, study: str) -> dict[bytes, NDArray[np.float64]]:
+        """All that is known of the study: key to values [groups]."""
+        return {key: groups.copy() for key, groups in self._studies.get(study, {}).items()}
+
+    def append(self, study: str, rows: Mapping[bytes, NDArray[np.float64]]) -> None:
+        """Add rows, values [groups] by key; a key that is known keeps its first values."""
+        known = self._studies.setdefault(study, {})
+        for key, groups in rows.items():
+            known.setdefault(key, np.array(groups, np.float64))
+
+
+class Recorded:
+    """An evaluator that asks another one only for rows that the store does not know, and keeps each batch at once.
+
+    An assignment is its own key, a mixture goes by its sha256, and a one-hot mixture by the assignment that it is: the
+    two may differ by rounding, and the one asked first stands. `asked` counts the rows asked, `computed` those that the
+    inner evaluator had to answer. `progress(done, total)` is called after each batch with the rows computed and to be
+    computed in this request.
+
+    Raises SmpqError naming the row whose value is not finite (it is not stored, the others of its batch are).
+    """
+
+    def __init__(self, evaluator: Evaluator, store: Store, progress: Callable[[int, int], None] | None = None) -> None:
+        self.evaluator = evaluator
+        self.fingerprint = evaluator.fingerprint
+        self.space = evaluator.space
+        self.slots = evaluator.slots
+        self.groups = evaluator.groups
+        self.rows_per_batch = evaluator.rows_per_batch
+        self.asked = 0
+        self.computed = 0
+        self._store = store
+        self._progress = progress
+        self._known = store.read(self.fingerprint)
+
+    def __call__(self, mixtures: Mixtures | Assignments) -> Values:
+        """Mixtures [n, slots, candidates] or assignments [n, slots] to values [n]."""
+        # a row's sum must not depend on how many rows were asked with it, as a matrix product's would
+        return np.asarray((self.by_group(mixtures) * self.groups).sum(axis=1), np.float64)
+
+    def by_group(self, mixtures: Mixtures | Assignments) -> NDArray[np.float64]:
+        """The same for each group of calibration samples, [n, groups]."""
+        rows = np.asarray(mixtures)
+        keys = self._keys(rows)
+        self.asked += len(rows)
+        first = {key: i for i, key in reversed(list(enumerate(keys)))}
+        unknown = sorted(i for key, i in first.items() if key not in self._known)
+        batch = max(self.rows_per_batch, 1)
+        for start in range(0, len(unknown), batch):
+            wanted = unknown[start : start + batch]
+            values = np.asarray(self.evaluator.by_group(rows[wanted]), np.float64)
+            self.computed += len(wanted)
+            good = np.isfinite(values).all(axis=1).tolist()
+            fresh = {keys[i]: v.copy() for i, v, g in zip(wanted, values, good, strict=True) if g}
+            self._store.append(self.fingerprint, fresh)
+            self._known |= fresh
+            if not all(good):
+                bad = wanted[good.index(False)]
+                raise SmpqError(f"evaluation: row {bad} has no finite value, {self._describe(rows[bad])}")
+            if self._progress is not None:
+                self._progress(start + len(wanted), len(unknown))
+        return np.array([self._known[key] for key in keys]).reshape(len(rows), len(self.groups))
+
+    def _keys(self, rows: NDArray[Any]) -> list[bytes]:
+        slots, width = len(self.space.slots), self.space.width_count
+        if rows.shape[1:] == (slots,) and rows.dtype.kind in "iu":
+            return [b"a" + row.tobytes() for row in rows.astype(np.int8)]
+        if rows.shape[1:] == (slots, width) and rows.dtype.kind == "f":
+            mixtures = np.ascontiguousarray(rows, np.float32) + np.float32(0)  # -0 is 0
+            one_hot = ((mixtures != 0).sum(axis=2) == 1).all(axis=1) & (mixtures.max(axis=2) == 1).all(axis=1)
+            chosen = mixtures.argmax(axis=2).astype(np.int8)
+            return [
+                b"a" + c.tobytes() if hot else b"m" + hashlib.sha256(m.tobytes()).digest()
+                for hot, c, m in zip(one_hot, chosen, mixtures, strict=True)
+            ]
+        raise ValueError(
+            f"rows: expected integers [n, {slots}] or floats [n, {slots}, {width}], got {rows.dtype} {rows.shape}"
+        )
+
+    def _describe(self, row: NDArray[Any]) -> str:
+        if row.ndim == 2:
+            return "a mixture"
+        return "bits " + " ".join(str(c[int(a)]) for c, a in zip(self.space.candidates, row, strict=True))
