@@ -73,6 +73,31 @@ SMPQ_HD C dequantize_inexact(C code, const Grid<C>& g) {
   return static_cast<C>((static_cast<double>(code) - static_cast<double>(g.zero_point)) * static_cast<double>(g.scale));
 }
 
+// Where the zero point is added after rounding, or is 0, it can be folded into the bounds, and clamping can come first:
+// the same value with fewer operations.
+template <class C>
+struct FoldedGrid {
+  C inv_scale, scale, low, high;
+};
+
+template <class Z, class C>
+SMPQ_HD bool can_fold(const Grid<C>& g) {
+  return std::is_integral<Z>::value || g.zero_point == C(0);
+}
+
+template <class C>
+SMPQ_HD FoldedGrid<C> fold(const Grid<C>& g) {
+  return FoldedGrid<C>{g.inv_scale, g.scale, g.quant_min - g.zero_point, g.quant_max - g.zero_point};
+}
+
+template <class C>
+SMPQ_HD C fake_quantize_one(C x, const FoldedGrid<C>& g) {
+  C steps = x * g.inv_scale;
+  steps = steps < g.low ? g.low : steps;
+  steps = steps > g.high ? g.high : steps;
+  return (std::rint(steps) + C(0)) * g.scale;  // + 0: no negative zero
+}
+
 template <class Z, class C>
 SMPQ_HD C fake_quantize_one(C x, const Grid<C>& g) {
   const C code = clamp_code(raw_code<Z>(x, g), g);

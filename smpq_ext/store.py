@@ -127,7 +127,7 @@ class Recorded:
 
     def by_group(self, mixtures: Mixtures | Assignments) -> NDArray[np.float64]:
         """The same for each group of calibration samples, [n, groups]."""
-        rows = np.asarray(mixtures)
+        rows: Any = np.asarray(mixtures)
         keys = self._keys(rows)
         self.asked += len(rows)
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
@@ -137,7 +137,7 @@ class Recorded:
             wanted = unknown[start : start + batch]
             values = np.asarray(self.evaluator.by_group(rows[wanted]), np.float64)
             self.computed += len(wanted)
-            good = np.isfinite(values).all(axis=1).tolist()
+            good = [bool(np.isfinite(v).all()) for v in values]
             fresh = {keys[i]: v.copy() for i, v, g in zip(wanted, values, good, strict=True) if g}
             self._store.append(self.fingerprint, fresh)
             self._known |= fresh

@@ -7,23 +7,87 @@
 namespace smpq::cpu::SMPQ_ISA {
 namespace {
 
+template <class T, class C, class Z>
+Grid<C> grid_of(const CoalitionArgs<T, C, Z>& a, int64_t c, int64_t channel) {
+  const int64_t p = a.per_channel ? c * a.shape.channels + channel : c;
+  return make_grid<C>(a.scale[p], a.zero_point ? C(a.zero_point[p]) : C(0), a.quant_min[c], a.quant_max[c]);
+}
+
+// Calls f(begin, end, channel) for each part of the block [offset, offset + n) that lies in one channel.
+template <class Args, class F>
+void for_each_run(const Args& a, int64_t offset, int64_t n, F&& f) {
+  if (!a.per_channel) return f(int64_t{0}, n, int64_t{0});
+  for (int64_t i = 0; i < n;) {
+    const int64_t run = (offset + i) / a.shape.inner;
+    const int64_t end = std::min(n, (run + 1) * a.shape.inner - offset);
+    f(i, end, run % a.shape.channels);
+    i = end;
+  }
+}
+
 // The values of one block for candidate c, left in the first-level cache for all rows that use them.
 template <class T, class C, class Z>
 void quantize_block(const CoalitionArgs<T, C, Z>& a, int64_t c, const T* __restrict x, int64_t offset, int64_t n,
                     C* __restrict out) {
-  const int64_t inner = a.per_channel ? a.shape.inner : a.shape.elements();
-  for (int64_t i = 0; i < n;) {
-    const int64_t run = (offset + i) / inner;
-    const int64_t end = std::min(n, (run + 1) * inner - offset);
-    const int64_t p = a.per_channel ? c * a.shape.channels + run % a.shape.channels : c;
-    const Grid<C> g = make_grid<C>(a.scale[p], a.zero_point ? C(a.zero_point[p]) : C(0), a.quant_min[c], a.quant_max[c]);
-    if (g.exact) {
-      for (int64_t k = i; k < end; ++k) out[k] = dequantize(clamp_code(raw_code<Z>(to_compute(x[k]), g), g), g);
+  for_each_run(a, offset, n, [&](int64_t begin, int64_t end, int64_t channel) {
+    const Grid<C> g = grid_of(a, c, channel);
+    if (can_fold<Z>(g)) {
+      const FoldedGrid<C> f = fold(g);
+      for (int64_t i = begin; i < end; ++i) out[i] = fake_quantize_one(to_compute(x[i]), f);
     } else {
-      for (int64_t k = i; k < end; ++k) out[k] = dequantize_inexact(clamp_code(raw_code<Z>(to_compute(x[k]), g), g), g);
+      for (int64_t i = begin; i < end; ++i) out[i] = fake_quantize_one<Z>(to_compute(x[i]), g);
     }
-    i = end;
+  });
+}
+
+// One row alone: all its candidates in registers, nothing goes through memory.
+template <int count, class T, class C>
+void quantize_and_mix(const FoldedGrid<C>* grids, const C* weights, const T* __restrict x, int64_t n, T* __restrict y) {
+  FoldedGrid<C> g[count];
+  C w[count];
+  std::copy(grids, grids + count, g);
+  std::copy(weights, weights + count, w);
+  for (int64_t i = 0; i < n; ++i) {
+    const C v = to_compute(x[i]);
+    C total = w[0] * fake_quantize_one(v, g[0]);
+#pragma GCC unroll 8
+    for (int k = 1; k < count; ++k) total += w[k] * fake_quantize_one(v, g[k]);
+    y[i] = Convert<T>::from(total);
   }
+}
+
+constexpr int64_t kInRegisters = 5;
+
+// False where a grid does not fold or the row has too many candidates.
+template <class T, class C, class Z>
+bool quantize_and_mix(const CoalitionArgs<T, C, Z>& a, const C* mixture, const T* x, int64_t offset, int64_t n, T* y) {
+  int64_t candidates[kInRegisters], count = 0;
+  C weights[kInRegisters];
+  for (int64_t c = 0; c < a.candidates; ++c) {
+    if (mixture[c] == C(0)) continue;
+    if (count == kInRegisters) return false;
+    weights[count] = mixture[c];
+    candidates[count++] = c;
+  }
+  bool folds = true;
+  for_each_run(a, offset, n, [&](int64_t begin, int64_t end, int64_t channel) {
+    FoldedGrid<C> grids[kInRegisters];
+    for (int64_t k = 0; k < count; ++k) {
+      const Grid<C> g = grid_of(a, candidates[k], channel);
+      folds = folds && can_fold<Z>(g);
+      grids[k] = fold(g);
+    }
+    if (!folds) return;
+    switch (count) {
+      case 0: return std::fill(y + begin, y + end, Convert<T>::from(C(0)));
+      case 1: return quantize_and_mix<1>(grids, weights, x + begin, end - begin, y + begin);
+      case 2: return quantize_and_mix<2>(grids, weights, x + begin, end - begin, y + begin);
+      case 3: return quantize_and_mix<3>(grids, weights, x + begin, end - begin, y + begin);
+      case 4: return quantize_and_mix<4>(grids, weights, x + begin, end - begin, y + begin);
+      default: return quantize_and_mix<5>(grids, weights, x + begin, end - begin, y + begin);
+    }
+  });
+  return folds;
 }
 
 template <int count, class T, class C>
@@ -78,6 +142,11 @@ void coalition_fake_quantize(const CoalitionArgs<T, C, Z>& a, const int64_t* chi
       used_of = parent;
     }
     const T* x = a.x + parent * elements + offset;
+    if (end - begin == 1) {
+      const int64_t row = children[begin];
+      const C* mixture = a.mixtures + row * a.candidates;
+      if (quantize_and_mix(a, mixture, x, offset, n, a.y + row * elements + offset)) continue;
+    }
     for (int64_t c = 0; c < a.candidates; ++c) {
       if (used[c]) quantize_block(a, c, x, offset, n, values.data() + c * kCoalitionBlock);
     }

@@ -16,14 +16,11 @@ Grid<C> grid_of(const FakeQuantizeArgs<T, C, Z>& a, int64_t channel) {
 
 template <class Z, class T, class C>
 void run(const T* __restrict x, T* __restrict y, int64_t n, const Grid<C> g) {
-  if (g.exact) {
-    for (int64_t i = 0; i < n; ++i) {
-      y[i] = Convert<T>::from(dequantize(clamp_code(raw_code<Z>(to_compute(x[i]), g), g), g));
-    }
+  if (can_fold<Z>(g)) {
+    const FoldedGrid<C> f = fold(g);
+    for (int64_t i = 0; i < n; ++i) y[i] = Convert<T>::from(fake_quantize_one(to_compute(x[i]), f));
   } else {
-    for (int64_t i = 0; i < n; ++i) {
-      y[i] = Convert<T>::from(dequantize_inexact(clamp_code(raw_code<Z>(to_compute(x[i]), g), g), g));
-    }
+    for (int64_t i = 0; i < n; ++i) y[i] = Convert<T>::from(fake_quantize_one<Z>(to_compute(x[i]), g));
   }
 }
 

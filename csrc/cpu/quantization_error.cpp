@@ -8,12 +8,11 @@ namespace {
 
 constexpr int kLanes = 32;  // independent sums, so that the loop vectorises without reassociating
 
-template <class Z, bool exact, class T, class C>
-double squared_error(const T* __restrict x, int64_t n, const Grid<C> g) {
+template <class T, class F>
+double squared_error(const T* __restrict x, int64_t n, F&& fake_quantize) {
+  using C = decltype(to_compute(*x));
   const auto square = [&](T element) {
-    const C v = to_compute(element);
-    const C code = clamp_code(raw_code<Z>(v, g), g);
-    const C error = (exact ? dequantize(code, g) : dequantize_inexact(code, g)) - v;
+    const C v = to_compute(element), error = fake_quantize(v) - v;
     return error * error;
   };
   C sums[kLanes] = {};
@@ -39,7 +38,10 @@ void quantization_error(const QuantizationErrorArgs<T, C, Z>& a, int64_t first, 
     for (int64_t c = 0; c < a.candidates; ++c) {
       const int64_t p = a.per_channel ? c * a.shape.channels + run % a.shape.channels : c;
       const Grid<C> g = make_grid<C>(a.scale[p], a.zero_point ? C(a.zero_point[p]) : C(0), a.quant_min[c], a.quant_max[c]);
-      a.partial[c * pieces + piece] = g.exact ? squared_error<Z, true>(x, n, g) : squared_error<Z, false>(x, n, g);
+      const FoldedGrid<C> f = fold(g);
+      a.partial[c * pieces + piece] = can_fold<Z>(g)
+                                          ? squared_error(x, n, [f](C v) { return fake_quantize_one(v, f); })
+                                          : squared_error(x, n, [g](C v) { return fake_quantize_one<Z>(v, g); });
     }
   }
 }

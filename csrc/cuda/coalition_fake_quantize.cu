@@ -84,6 +84,7 @@ struct Elements {
   __device__ __forceinline__ int64_t at(int k) const { return first + k * step; }
 
   __device__ __forceinline__ Pack<T, N> load(int64_t parent) const {
+    if (parent < 0) return Pack<T, N>{};
     const T* x = tensor.args.x + parent * tensor.elements;
     if (tensor.wide) return load_pack<N>(x + first, tensor.elements - first);
     Pack<T, N> pack{};
@@ -140,7 +141,9 @@ __global__ void __launch_bounds__(kThreads) coalition(const __grid_constant__ Ta
     staged.weight[r][lane] = weight;
     if (lane == 0) {
       staged.used[r] = used;
-      staged.parent[r] = a.parent ? a.parent[first_row + r] : 0;
+      // A parent that x does not hold gives NaN: on the host that would be an error, at the price of waiting for the device.
+      const int64_t parent = a.parent ? a.parent[first_row + r] : 0;
+      staged.parent[r] = parent >= 0 && parent < a.parents ? parent : -1;
     }
   }
   if (!a.per_channel && thread < kStaged && thread < candidates)
@@ -195,7 +198,8 @@ __global__ void __launch_bounds__(kThreads) coalition(const __grid_constant__ Ta
 
     Pack<T, N> out;
 #pragma unroll
-    for (int k = 0; k < N; ++k) out.item[k] = Convert<T>::from(empty ? C(0) : sum[k]);
+    for (int k = 0; k < N; ++k)
+      out.item[k] = Convert<T>::from(staged.parent[r] < 0 ? C(NAN) : empty ? C(0) : sum[k]);
     mine.store(first_row + r, out);
   }
 }

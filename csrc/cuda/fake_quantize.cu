@@ -33,8 +33,10 @@ struct Operands {
 
 template <class T, class C, class Z>
 Operands<T, C, Z> operands(const FakeQuantizeArgs<T, C, Z>& a, const T* grad, T* out) {
-  return {a.x,         grad,        out,         a.scale,            a.zero_point,     a.quant_min,
-          a.quant_max, a.bound_min, a.bound_max, a.shape.elements(), a.shape.channels, a.shape.inner};
+  const int64_t elements = a.shape.elements();
+  const int64_t inner = a.shape.channels == 1 ? elements : a.shape.inner;  // one channel is one run
+  return {a.x,         grad,        out,         a.scale,  a.zero_point,     a.quant_min,
+          a.quant_max, a.bound_min, a.bound_max, elements, a.shape.channels, inner};
 }
 
 template <bool kBackward, class Z, class T, class C>
@@ -46,19 +48,26 @@ __device__ __forceinline__ T result(T x, T grad, const Grid<C>& grid) {
   }
 }
 
-constexpr int kPacks = 4;  // independent 16-byte loads in flight per thread
-template <class T>
-constexpr int kTile = kThreads* kPacks* kLanes<T>;
+// By fields: choosing between two structs by address would put both into local memory.
+template <class C>
+__device__ __forceinline__ Grid<C> choose(bool first, const Grid<C>& a, const Grid<C>& b) {
+  return {first ? a.inv_scale : b.inv_scale, first ? a.scale : b.scale,         first ? a.zero_point : b.zero_point,
+          first ? a.quant_min : b.quant_min, first ? a.quant_max : b.quant_max, first ? a.exact : b.exact};
+}
+
+constexpr int kPacks = 4;  // independent loads in flight per thread
+template <bool kWide, class T>
+constexpr int kTile = kThreads* kPacks*(kWide ? kLanes<T> : 2);
 
 // kWide: all pointers are 16-byte aligned and inner >= kLanes, so that a vector meets at most two channels.
 template <bool kBackward, bool kWide, class T, class C, class Z>
 __global__ void __launch_bounds__(kThreads) flat(const Operands<T, C, Z> a) {
   constexpr int N = kWide ? kLanes<T> : 1;
-  constexpr int kLoads = kPacks * kLanes<T> / N;
-  const int64_t tile = static_cast<int64_t>(blockIdx.x) * kTile<T>;
+  constexpr int kLoads = kTile<kWide, T> / (kThreads * N);
+  const int64_t tile = static_cast<int64_t>(blockIdx.x) * kTile<kWide, T>;
   const int thread = static_cast<int>(threadIdx.x);
 
-  Pack<T, N> x[kLoads], grad[kLoads];
+  Pack<T, N> x[kLoads], grad[kLoads] = {};
 #pragma unroll
   for (int j = 0; j < kLoads; ++j) {
     const int64_t at = tile + (j * kThreads + thread) * N;
@@ -69,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) flat(const Operands<T, C, Z> a) {
   const int64_t run = tile / a.inner;
   const int64_t start = tile - run * a.inner;
   const int64_t channel = run % a.channels;
-  if (start + kTile<T> <= a.inner || a.inner >= a.elements) {
+  if (start + kTile<kWide, T> <= a.inner || a.inner >= a.elements) {
     const Grid<C> grid = a.grid(channel);
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
@@ -87,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) flat(const Operands<T, C, Z> a) {
     if (at >= a.elements) break;
     const int64_t position = start + (at - tile);  // counted from the start of the tile's first run
     // Below two tiles the division fits 32 bits, several times cheaper; above, the tile meets two runs at most.
-    const int64_t crossed = a.inner > kTile<T> ? position >= a.inner
+    const int64_t crossed = a.inner > kTile<kWide, T> ? position >= a.inner
                                                : static_cast<uint32_t>(position) / static_cast<uint32_t>(a.inner);
     int64_t here = channel + crossed;
     if (here >= a.channels) here %= a.channels;
@@ -100,7 +109,7 @@ __global__ void __launch_bounds__(kThreads) flat(const Operands<T, C, Z> a) {
       if (left < N) next = a.grid(here + 1 < a.channels ? here + 1 : 0);
 #pragma unroll
       for (int k = 0; k < N; ++k)
-        x[j].item[k] = result<kBackward, Z>(x[j].item[k], grad[j].item[k], k < left ? grid : next);
+        x[j].item[k] = result<kBackward, Z>(x[j].item[k], grad[j].item[k], choose(k < left, grid, next));
     }
     store_pack<N>(a.out + at, x[j], a.elements - at);
   }
@@ -120,7 +129,7 @@ __global__ void __launch_bounds__(kThreads) periodic(const Operands<T, C, Z> a, 
 
   const int64_t packs = (a.elements + N - 1) / N;
   for (int64_t p = first; p < packs; p += stride * kPacks) {
-    Pack<T, N> x[kPacks], grad[kPacks];
+    Pack<T, N> x[kPacks], grad[kPacks] = {};
 #pragma unroll
     for (int j = 0; j < kPacks; ++j) {
       const int64_t at = (p + j * stride) * N;
@@ -152,13 +161,13 @@ void run(const char* name, const Operands<T, C, Z>& a, int64_t outer, void* stre
     launch(name, periodic<kBackward, kWide, T, C, Z>, (stride + kThreads - 1) / kThreads, 0, stream, a, columns, stride);
     return;
   }
-  const int64_t tiles = (a.elements + kTile<T> - 1) / kTile<T>;
   if constexpr (kWide) {
     if (a.inner < N && a.channels > 1) {
-      launch(name, flat<kBackward, false, T, C, Z>, tiles, 0, stream, a);
+      run<kBackward, false>(name, a, outer, stream);
       return;
     }
   }
+  const int64_t tiles = (a.elements + kTile<kWide, T> - 1) / kTile<kWide, T>;
   launch(name, flat<kBackward, kWide, T, C, Z>, tiles, 0, stream, a);
 }
 

@@ -1,5 +1,6 @@
 // quantization_error: the squared error of every candidate, nothing materialised. x comes from memory once; with more
-// than kCandidates candidates a piece (16 KB in fp32) is read again from the cache.
+// than kCandidates candidates a piece (16 KB in fp32) is read again from the cache. A thread adds up its few squares (32
+// at most, and a few at the ends of a piece) in C, for many GPUs convert to double slowly; the sums of threads in double.
 #include "pieces.cuh"
 
 namespace smpq {
@@ -15,7 +16,7 @@ __global__ void __launch_bounds__(kThreads) squared_error(const QuantizationErro
   for (int64_t first = 0; first < a.candidates; first += kCandidates) {
     const int64_t left = a.candidates - first;
     Grid<C> grid[kCandidates];
-    double sum[kCandidates];
+    C sum[kCandidates];
 #pragma unroll
     for (int c = 0; c < kCandidates; ++c) {
       const int64_t candidate = first + (c < left ? c : 0);
@@ -28,7 +29,7 @@ __global__ void __launch_bounds__(kThreads) squared_error(const QuantizationErro
 #pragma unroll
       for (int c = 0; c < kCandidates; ++c) {
         if (c < left) {
-          const double error = static_cast<double>(fake_quantize_one<Z>(x, grid[c]) - x);
+          const C error = fake_quantize_one<Z>(x, grid[c]) - x;
           sum[c] += error * error;
         }
       }
@@ -41,7 +42,10 @@ __global__ void __launch_bounds__(kThreads) squared_error(const QuantizationErro
           for (int k = 0; k < N; ++k) one(x.item[k]);
         },
         [&](int64_t i) { one(a.x[i]); });
-    reduce<kBlock>(sum, share, pieces.group, block_shared<Sums<kCandidates>>(), [&](int c, double total) {
+    double total_of[kCandidates];
+#pragma unroll
+    for (int c = 0; c < kCandidates; ++c) total_of[c] = static_cast<double>(sum[c]);
+    reduce<kBlock>(total_of, share, pieces.group, block_shared<Sums<kCandidates>>(), [&](int c, double total) {
       if (c < left) a.partial[(first + c) * pieces.count + share.piece] = total;
     });
   }

@@ -19,7 +19,8 @@ MOST_PLAYERS = 16
 class Exact:
     """Shapley values from all 2^players coalitions; standard errors are 0.
 
-    Raises SmpqError beyond 16 players, and where the budget is below 2^players. Source: Shapley, A value for n-person games (1953).
+    Raises SmpqError beyond 16 players, and where the budget is below 2^players. Source: Shapley, A value for n-person
+    games (1953).
     """
 
     def steps(self, game: Game, budget: int, rng: np.random.Generator) -> Iterator[Attribution]:

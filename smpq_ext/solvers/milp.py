@@ -56,9 +56,8 @@ def infeasible(budget: Budget, allowed: NDArray[np.bool_]) -> Infeasible:
             break
         smallest = _round_up(float(limit.cost(best)[0]))
         if not Budget((limit,)).feasible(best)[0]:
-            return Infeasible(
-                f"budget: {limit.name}={limit.limit:.9g} {limit.unit} cannot be met, the smallest possible is {smallest}"
-            )
+            given = f"{limit.name}={limit.limit:.9g} ({limit.unit})"
+            return Infeasible(f"budget: {given} cannot be met, the smallest possible is {smallest}")
         reachable.append(f"{limit.name}={limit.limit:.9g} (smallest {smallest})")
     if len(reachable) < len(budget.limits) or not reachable:
         return Infeasible(f"budget: the tied slots {list(budget.tied)} have no candidate in common")
@@ -74,8 +73,8 @@ def minimise(
 ) -> Assignments | None:
     """The allowed assignment [slots] that minimises `objective` plus `terms` within the limits; None if there is none.
 
-    Variables are one binary per (slot, candidate), and per pair of slots with a term y[a, b] = x[first, a] x[second, b]:
-    the sums of y over b are x[first], those over a are x[second], which leaves no other y once x is binary.
+    Variables are one binary x per (slot, candidate), and y[a, b] = x[first, a] x[second, b] for each pair of slots with
+    a term: the sums of y over b are x[first], those over a are x[second], which leaves no other y once x is binary.
     """
     slots, width = objective.shape
     x = np.arange(slots * width).reshape(slots, width)

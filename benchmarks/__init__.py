@@ -1,0 +1,1 @@
+"""Models, data and benchmarks: ours beside the baseline in one run."""
