@@ -41,7 +41,7 @@ MOBILENET = Pixels((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # x / 127.5 - 1
 
 
 def data_folder() -> Path | None:
-    """The folder SMPQ_DATA, by default ../shared/data beside the repository; None, to skip visibly, where there is none.
+    """The folder SMPQ_DATA, by default ../shared/data beside the repository; None, to skip visibly, without one.
 
     Raises FileNotFoundError where SMPQ_DATA names a folder that is not there; an empty SMPQ_DATA means no data.
     """
@@ -105,7 +105,7 @@ def batches(samples: Samples, size: int) -> list[Samples]:
 
 
 def _jpegs(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The decoded images [n, height, width, 3] of a file with `blob`, `length`, `y`, kept in a cache; and the labels."""
+    """The decoded images [n, height, width, 3], kept in a cache, and the labels of a file with `blob`, `length`, `y`."""
     with np.load(path) as arrays:
         labels = arrays["y"].astype(np.int64)
         status = path.stat()

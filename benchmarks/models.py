@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.data import IGNORED, Samples, data_file
+from benchmarks.data import IGNORED, Samples, batches, data_file
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -89,7 +90,7 @@ class MobileNetV1(nn.Module):
         super().__init__()
         widths = [8, 16, 32, 32, 64, 64, 128, 128, 128, 128, 128, 128, 256, 256]
         layers: OrderedDict[str, nn.Module] = OrderedDict(conv1=ConvNorm(3, 8, 3, stride=2))
-        for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+        for i, (inputs, outputs) in enumerate(pairwise(widths), start=1):
             layers[f"dw{i}"] = ConvNorm(inputs, inputs, 3, stride=2 if i in (2, 4, 6, 12) else 1, groups=inputs)
             layers[f"pw{i}"] = ConvNorm(inputs, outputs, 1)
         self.features = nn.Sequential(layers)
@@ -161,10 +162,9 @@ class Llama(nn.Module):
     ids: int64 [n, tokens], at most 512 tokens; returns logits [n, tokens, vocabulary].
     """
 
-    def __init__(
-        self, vocabulary: int = 512, dim: int = 64, layers: int = 5, heads: int = 8, kv_heads: int = 4, hidden: int = 172
-    ) -> None:
+    def __init__(self, layers: int = 5) -> None:
         super().__init__()
+        vocabulary, dim, heads, kv_heads, hidden = 512, 64, 8, 4, 172
         self.tok_embeddings = nn.Embedding(vocabulary, dim)
         self.layers = nn.ModuleList(LlamaBlock(dim, heads, kv_heads, hidden) for _ in range(layers))
         self.norm = RMSNorm(dim)
@@ -251,18 +251,16 @@ def random_vit(seed: int = 0) -> ViT:
 @torch.no_grad()
 def accuracy(model: nn.Module, samples: Samples, batch: int = 250) -> float:
     """The share of samples whose largest logit is that of their class."""
-    inputs, targets = samples
-    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(inputs.split(batch), targets.split(batch), strict=True))
-    return right / len(targets)
+    return sum(int((model(x).argmax(1) == y).sum()) for x, y in batches(samples, batch)) / len(samples[1])
 
 
 @torch.no_grad()
 def nll(model: nn.Module, samples: Samples, batch: int = 50) -> float:
     """Mean cross-entropy per token that is not IGNORED, in nats."""
-    inputs, targets = samples
-    pairs = zip(inputs.split(batch), targets.split(batch), strict=True)
-    total = sum(float(F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum")) for x, y in pairs)
-    return total / int((targets != IGNORED).sum())
+    total = 0.0
+    for ids, targets in batches(samples, batch):
+        total += float(F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), reduction="sum"))
+    return total / int((samples[1] != IGNORED).sum())
 
 
 def _load(model: Model, *parts: str) -> Model:

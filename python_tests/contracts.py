@@ -238,7 +238,7 @@ class SolverContract:
     def test_what_is_not_allowed_counts_in_the_smallest_possible(self, solver):
         table = np.array([[np.inf, 0.0], [0.0, 0.0]])
         limit = Limit("bytes", "bytes", 5.0, np.array([[2.0, 4.0], [2.0, 4.0]]), constant=1.0)
-        with pytest.raises(Infeasible, match="smallest possible is 7$"):
+        with pytest.raises(Infeasible, match=r"smallest possible is 7$"):
             solver(table, Budget((limit,)))
 
     def test_padding_of_the_cost_table_is_not_read(self, solver):

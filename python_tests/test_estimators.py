@@ -1,4 +1,5 @@
 import itertools
+import zlib
 
 import numpy as np
 import pytest
@@ -100,7 +101,7 @@ def test_leverage_beats_permutations_under_noise(budget):
 
     class Noisy(Polynomial):
         def __call__(self, coalitions):
-            seeds = [hash(row.tobytes()) % 2**32 for row in np.packbits(coalitions, axis=1)]
+            seeds = [zlib.crc32(row.tobytes()) for row in np.packbits(coalitions, axis=1)]
             return super().__call__(coalitions) + 0.3 * np.array([np.random.default_rng(s).normal() for s in seeds])
 
     def error(name):
@@ -128,7 +129,7 @@ class TestTruncated:
         assert found.evaluations == game.spent < 500
 
     def test_more_evaluations_do_not_cure_the_bias(self):
-        game = Polynomial(6, {tuple(range(6)): 1.0, (0,): 1.0}, offset=0.1)
+        game = Polynomial(6, {(i,): 1.0 for i in range(6)}, offset=0.0)
         found = last("truncated", game, 20000)
         assert (np.abs(found.values - game.shapley) > 10 * found.standard_errors).any()
 

@@ -43,7 +43,7 @@ def test_milp_takes_products():
     product = Product(0, 1, np.outer([2, 4], [2, 4]))
     table = np.array([[1.0, 0.0], [2.0, 0.0]])
     np.testing.assert_array_equal(Milp()(table, Budget((limit("bitops", 8, np.zeros((2, 2)), product),))), [0, 1])
-    with pytest.raises(Infeasible, match="smallest possible is 4$"):
+    with pytest.raises(Infeasible, match=r"smallest possible is 4$"):
         Milp()(table, Budget((limit("bitops", 3, np.zeros((2, 2)), product),)))
 
 

@@ -114,13 +114,14 @@ struct Fiber {
 class Block {
  public:
   Block(unsigned threads, size_t shared_bytes) : threads_(threads), shared_bytes_(shared_bytes) {
-    fibers_.reserve(threads);
-    for (unsigned t = 0; t < threads; ++t) fibers_.push_back(std::make_unique<Fiber>());
+    static thread_local std::vector<std::unique_ptr<Fiber>> pool;  // of all launches: stacks are slow to map
+    while (pool.size() < threads) pool.push_back(std::make_unique<Fiber>());
+    for (unsigned t = 0; t < threads; ++t) fibers_.push_back(pool[t].get());
   }
 
   void run(const std::function<void()>& kernel) {
     kernel_ = &kernel;
-    // aligned_alloc, not new: the block's memory ends exactly where the launch said that it ends.
+    // On the heap: AddressSanitizer then sees where it ends.
     void* memory = nullptr;
     if (shared_bytes_ && posix_memalign(&memory, 16, shared_bytes_)) throw std::bad_alloc();
     const std::unique_ptr<void, decltype(&free)> owner(memory, &free);
@@ -179,8 +180,7 @@ class Block {
   void prepare(Fiber& f, unsigned thread) {
     SMPQ_EMULATOR_ASAN(__asan_unpoison_memory_region(f.stack, Fiber::kStack));
     void** top = reinterpret_cast<void**>(f.stack + Fiber::kStack);
-    *--top = nullptr;
-    *--top = nullptr;  // entry's return address: it never returns. The stack is now as after a call
+    *--top = nullptr;  // entry's return address, which it never uses; the stack is then aligned as after a call
     *--top = reinterpret_cast<void*>(&entry);
     for (int i = 0; i < 6; ++i) *--top = nullptr;
     f.saved = top;
@@ -228,7 +228,7 @@ class Block {
     for (unsigned lane = 0; lane < 32; ++lane) {
       if (!(f.mask >> lane & 1u)) continue;
       const char* error = nullptr;
-      const Fiber* other = first + lane < last ? fibers_[first + lane].get() : nullptr;
+      const Fiber* other = first + lane < last ? fibers_[first + lane] : nullptr;
       if (!other || other->state == State::done) {
         error = "warp divergence: a lane of the mask has ended";
       } else if (other->state != State::at_warp) {
@@ -246,16 +246,16 @@ class Block {
 
   bool release_barrier() {
     const Fiber* waits = nullptr;
-    for (const auto& f : fibers_)
-      if (f->state == State::at_barrier) waits = f.get();
+    for (Fiber* f : fibers_)
+      if (f->state == State::at_barrier) waits = f;
     if (!waits) return false;
-    for (const auto& f : fibers_) {
+    for (Fiber* f : fibers_) {
       if (f->state == State::done)
         throw std::runtime_error("barrier divergence: thread " + std::to_string(f->thread) + " has ended" + where(*waits));
       if (f->place.line != waits->place.line || strcmp(f->place.file, waits->place.file) != 0)
         throw std::runtime_error("barrier divergence:" + where(*f) + where(*waits));
     }
-    for (const auto& f : fibers_) f->state = State::ready;
+    for (Fiber* f : fibers_) f->state = State::ready;
     return true;
   }
 
@@ -263,7 +263,7 @@ class Block {
   const size_t shared_bytes_;
   const std::function<void()>* kernel_ = nullptr;
   void* shared_ = nullptr;
-  std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::vector<Fiber*> fibers_;
   unsigned running_ = 0;
   std::string error_;
   void* main_ = nullptr;

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import-untyped]
-from scipy.sparse import csr_array  # type: ignore[import-untyped]
+from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import-untyped,unused-ignore]
+from scipy.sparse import csr_array  # type: ignore[import-untyped,unused-ignore]
 
 from smpq_ext.core import Assignments, Budget, Infeasible, Limit, Product, SmpqError, Table
 
@@ -102,18 +102,30 @@ def minimise(
         for c in range(width):
             rows.append((np.append(block[c], x[first, c]), np.append(one, -1), 0, 0))
             rows.append((np.append(block[:, c], x[second, c]), np.append(one, -1), 0, 0))
+
+    upper = np.ones(count)
+    upper[x] = allowed
+    for (first, second), block in y.items():
+        upper[block] = allowed[first][:, None] & allowed[second]
     for limit in limits:
+        # of each slot and each block exactly one variable is 1, so only what it costs above the cheapest matters, and
+        # what costs more than there is room for cannot be chosen: coefficients of one size keep HiGHS exact
         coefficients = linear(limit.table, limit.products)
+        room = limit.limit * (1 + 1e-9) + 1e-9 - limit.constant
+        for members in (*x, *(block.ravel() for block in y.values())):
+            least = coefficients[members].min(where=upper[members] > 0, initial=np.inf)
+            coefficients[members] -= least
+            room -= least
+        if room < 0:
+            return None
+        upper[coefficients > room] = 0
+        used = np.flatnonzero((coefficients > 0) & (upper > 0))
         # HiGHS lets a row be missed by 1e-6; at this scale that is the tolerance of Budget.feasible
-        scale = 1e3 / (abs(limit.limit) or np.abs(coefficients).max() or 1.0)
-        high = limit.limit * (1 + 1e-9) + 1e-9 - limit.constant
-        used = np.flatnonzero(coefficients)
-        rows.append((used, coefficients[used] * scale, -np.inf, high * scale))
+        scale = 1e3 / (abs(limit.limit) or room)
+        rows.append((used, coefficients[used] * scale, -np.inf, room * scale))
 
     damage = linear(objective, terms)
     damage *= 1e4 / (np.abs(damage).max() or 1.0)  # HiGHS stops at an absolute gap of 1e-6
-    upper = np.ones(count)
-    upper[x] = allowed
     integral = np.zeros(count)
     integral[x] = 1
     while True:

@@ -1,0 +1,47 @@
+"""Fair timing: the sides of a comparison take turns, so that drift of the machine meets them all alike."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call, the GPU's work included."""
+    _synchronize()
+    start = time.perf_counter()
+    function()
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def interleaved(sides: Mapping[str, Callable[[], object]], rounds: int = 15, warmup: int = 1) -> dict[str, float]:
+    """Median seconds of every side; each round calls all of them, every second round in reverse order."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(warmup + rounds):
+        for name in list(sides) if turn % 2 else reversed(list(sides)):
+            elapsed = seconds(sides[name])
+            if turn >= warmup:
+                times[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed memory instead of returning it, so that no side of a comparison pays for page faults.
+
+    These would cost about as much as the copy of a large tensor, and hide what a kernel itself does. Lasts for the
+    whole process; does nothing where the C library has no mallopt.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX: never a mapping of its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give the top of the heap back
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

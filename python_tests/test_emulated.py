@@ -1,0 +1,125 @@
+"""The CUDA kernels without a GPU: compiled by g++ on emulator/cuda_emulator.h, under AddressSanitizer and UBSan."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+EMULATOR = TESTS / "emulator"
+BUILD = ROOT / "build" / "emulated"
+OP_TESTS = sorted(TESTS.glob("test_ops_*.py"))
+
+SOUND = ("reverse", "rotate_in_warp")
+FAULTS = {
+    "missing_barrier": "wrong result",
+    "write_out_of_bounds": "heap-buffer-overflow",
+    "read_out_of_bounds": "heap-buffer-overflow",
+    "shared_out_of_bounds": "heap-buffer-overflow",
+    "stack_out_of_bounds": "insufficient space|stack-buffer-overflow",
+    "misaligned_vector": "misaligned address",
+    "signed_overflow": "signed integer overflow",
+    "shift_too_far": "shift exponent",
+    "float_to_int_overflow": "outside the range",
+    "exit_before_barrier": "barrier divergence: thread 77 has ended",
+    "different_barriers": "barrier divergence",
+    "exit_before_shuffle": "a lane of the mask has ended",
+    "shuffle_against_barrier": "a lane of the mask waits elsewhere",
+    "different_masks": "lanes name different masks",
+    "source_outside_mask": "shuffle from a lane that is not in the mask",
+    "too_much_shared_memory": "invalid configuration argument",
+}
+
+
+def tool(name: str) -> str:
+    path = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if path is None:
+        pytest.skip(f"{name} is not installed")
+    return path
+
+
+def run(command: list[str | Path], **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, errors="replace", check=False
+    )
+
+
+def built(command: list[str | Path], **environment: str) -> None:
+    done = run(command, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def sanitizer_runtime() -> str:
+    """What to preload into a Python that was not linked with the sanitizers; libstdc++ for exceptions."""
+    libraries = [run([tool("g++"), f"-print-file-name={name}"]).stdout.strip() for name in ("libasan.so", "libstdc++.so")]
+    if not all(Path(library).is_absolute() for library in libraries):
+        pytest.skip("g++ has no AddressSanitizer runtime")
+    return " ".join(libraries)
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="the emulator is for Linux on x86-64"),
+]
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    configure = [tool("cmake"), "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+    # The compiler by CXX: CMake heeds it the first time only, where a changed -D would empty its cache.
+    built([*configure, "-DSMPQ_EMULATE=ON", f"-DPython_EXECUTABLE={sys.executable}"], CXX=tool("g++"))
+    built([tool("cmake"), "--build", BUILD])
+    return BUILD / "libsmpq_emulated.so"
+
+
+@pytest.fixture(scope="module")
+def faults(library: Path) -> Path:
+    return library.with_name("faults")
+
+
+def pytest_under_sanitizers(library: Path, files: list[Path]) -> None:
+    done = run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
+        LD_PRELOAD=sanitizer_runtime(),
+        ASAN_OPTIONS="detect_leaks=0",  # Python leaks at exit
+        SMPQ_TEST_DEVICE="emulated",
+        SMPQ_EMULATED_LIBRARY=str(library),
+    )
+    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-20000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed, done.stdout
+    assert int(passed[1]) > 0
+
+
+@pytest.mark.parametrize("kernel", SOUND)
+def test_sound_kernels_run(faults: Path, kernel: str) -> None:
+    done = run([faults, kernel])
+    assert (done.returncode, done.stdout) == (0, "right result\n"), done.stderr
+
+
+@pytest.mark.parametrize(("kernel", "report"), FAULTS.items(), ids=FAULTS)
+def test_faults_are_reported(faults: Path, kernel: str, report: str) -> None:
+    done = run([faults, kernel])
+    assert done.returncode != 0
+    assert re.search(report, done.stderr), done.stderr
+
+
+def test_every_path_of_the_kernels(library: Path) -> None:
+    pytest_under_sanitizers(library, [EMULATOR / "paths.py"])
+
+
+def test_there_are_op_tests() -> None:
+    assert OP_TESTS
+
+
+@pytest.mark.parametrize("file", OP_TESTS, ids=lambda f: f.stem)
+def test_ops(library: Path, file: Path) -> None:
+    pytest_under_sanitizers(library, [file])

@@ -1,0 +1,242 @@
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from contracts import FakeEvaluator, StoreContract
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smpq_ext.core import Slot, SmpqError, Space
+from smpq_ext.store import MemoryStore, Recorded, SqliteStore
+
+ROOT = Path(__file__).parent.parent
+
+
+class TestMemory(StoreContract):
+    @pytest.fixture
+    def store(self):
+        return MemoryStore()
+
+
+class TestSqlite(StoreContract):
+    @pytest.fixture
+    def store(self, tmp_path):
+        store = SqliteStore(tmp_path / "store.db")
+        yield store
+        store.close()
+
+    def test_another_process_opens_what_one_wrote(self, store):
+        store.append("one", {b"k": np.array([1.0])})
+        again = SqliteStore(store.path)
+        assert again.read("one")[b"k"][0] == 1
+        again.append("one", {b"l": np.array([2.0])})
+        assert store.read("one").keys() == {b"k", b"l"}
+        again.close()
+
+    def test_a_batch_is_kept_whole_or_not_at_all(self, store):
+        with pytest.raises(TypeError):
+            store.append("one", {b"k": np.array([1.0]), b"l": object()})
+        assert store.read("one") == {}
+        store.append("one", {b"k": np.array([1.0])})
+        assert store.read("one").keys() == {b"k"}
+
+
+APPENDER = """
+import sys
+import numpy as np
+from smpq_ext.store import SqliteStore
+store = SqliteStore(sys.argv[1])
+for i in range(10**9):
+    store.append("study", {f"{sys.argv[2]}{i}-{j}".encode(): np.array([i + j / 8, -i]) for j in range(3)})
+    print(i, flush=True)
+"""
+
+
+def appender(path, name):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", APPENDER, str(path), name], stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+    )
+
+
+def test_what_was_reported_survives_a_kill_also_of_several_writers(tmp_path):
+    path = tmp_path / "store.db"
+    writers = {name: appender(path, name) for name in "abc"}
+    reported = {}
+    for name, process in writers.items():
+        for _ in range(10):
+            reported[name] = int(process.stdout.readline())
+        os.kill(process.pid, signal.SIGKILL)
+        reported[name] = max([reported[name], *map(int, process.stdout.read().split("\n")[:-1])])
+        process.wait()
+        process.stdout.close()
+    store = SqliteStore(path)
+    found = store.read("study")
+    for name, last in reported.items():
+        assert last >= 9
+        for i in range(last + 1):
+            for j in range(3):
+                np.testing.assert_array_equal(found[f"{name}{i}-{j}".encode()], [i + j / 8, -i])
+        # a batch that was not reported is there whole or not at all
+        assert {j: f"{name}{last + 1}-{j}".encode() in found for j in range(3)} in (
+            dict.fromkeys(range(3), True),
+            dict.fromkeys(range(3), False),
+        )
+    store.close()
+
+
+class TestUnusableFiles:
+    def test_no_database(self, tmp_path):
+        path = tmp_path / "notes.txt"
+        path.write_text("not a database, but long enough to be looked at " * 50)
+        with pytest.raises(SmpqError, match=r"notes\.txt"):
+            SqliteStore(path)
+        assert path.read_text().startswith("not a database")
+
+    def test_another_schema(self, tmp_path):
+        path = tmp_path / "store.db"
+        SqliteStore(path).close()
+        with sqlite3.connect(path) as database:
+            database.execute("PRAGMA user_version = 7")
+        database.close()
+        with pytest.raises(SmpqError, match="version 7"):
+            SqliteStore(path)
+
+    def test_a_database_of_someone_else(self, tmp_path):
+        path = tmp_path / "photos.db"
+        with sqlite3.connect(path) as database:
+            database.execute("CREATE TABLE photos (name)")
+        database.close()
+        before = path.read_bytes()
+        with pytest.raises(SmpqError, match="version 0"):
+            SqliteStore(path)
+        assert path.read_bytes() == before
+
+    def test_a_damaged_file(self, tmp_path):
+        path = tmp_path / "store.db"
+        store = SqliteStore(path)
+        store.append("one", {str(i).encode(): np.arange(64.0) for i in range(500)})
+        store.close()
+        data = bytearray(path.read_bytes())
+        data[8192:-100] = os.urandom(len(data) - 8292)
+        path.write_bytes(data)
+        with pytest.raises(SmpqError, match="damaged"):
+            SqliteStore(path).read("one")
+
+    @pytest.mark.parametrize("path", ["missing/store.db", "."])
+    def test_a_path_that_cannot_be_written(self, tmp_path, path):
+        with pytest.raises(SmpqError, match="cannot use"):
+            SqliteStore(tmp_path / path)
+
+
+SPACE = Space(tuple(Slot(f"l{i}", "weight", 8, 8, 1) for i in range(3)), ((2, 4, 8), (2, 8), (2, 4, 8)))
+DAMAGE = np.array([[3.0, 1.0, 0.1], [5.0, 0.3, 0], [2.0, 0.7, 0.2]])
+ROWS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1), st.integers(0, 2)), min_size=1, max_size=30)
+
+
+def recorded(store=None, **settings):
+    evaluator = FakeEvaluator(SPACE, DAMAGE, **settings)
+    return evaluator, Recorded(evaluator, store or MemoryStore())
+
+
+class TestRecorded:
+    @settings(deadline=None)
+    @given(st.lists(ROWS, min_size=1, max_size=4), st.integers(1, 9))
+    def test_answers_as_the_evaluator_and_asks_each_row_once(self, requests, batch):
+        evaluator, memory = recorded(rows_per_batch=batch)
+        plain = FakeEvaluator(SPACE, DAMAGE)
+        for request in requests:
+            rows = np.array(request, np.int8)
+            np.testing.assert_array_equal(memory.by_group(rows), plain.by_group(rows))
+            np.testing.assert_allclose(memory(rows), plain(rows), rtol=1e-12)
+        distinct = {row for request in requests for row in request}
+        computed = [tuple(row) for request in evaluator.requests for row in request]
+        assert sorted(computed) == sorted(distinct)
+        assert max(len(request) for request in evaluator.requests) <= batch
+        assert memory.computed == len(distinct)
+        assert memory.asked == 2 * sum(len(request) for request in requests)
+
+    def test_replay_computes_nothing_and_gives_the_same_bits(self, tmp_path):
+        rows = np.array([[0, 0, 0], [2, 1, 2], [1, 0, 1]], np.int8)
+        mixtures = np.random.default_rng(0).random((4, 3, 3)).astype(np.float32)
+        first = SqliteStore(tmp_path / "s.db")
+        _, memory = recorded(first)
+        values = memory(rows), memory(mixtures)
+        first.close()
+        evaluator, again = recorded(SqliteStore(tmp_path / "s.db"))
+        # in another order and one by one: a value does not depend on the company it was asked in
+        assert np.concatenate([again(row[None]) for row in rows[::-1]])[::-1].tobytes() == values[0].tobytes()
+        assert again(mixtures).tobytes() == values[1].tobytes()
+        assert evaluator.requests == [] and again.computed == 0
+
+    def test_each_batch_is_stored_before_the_next_is_asked(self):
+        store = MemoryStore()
+        evaluator, memory = recorded(store, rows_per_batch=2)
+        seen = []
+        by_group = evaluator.by_group
+        evaluator.by_group = lambda m: seen.append(len(store.read("fake"))) or by_group(m)
+        memory(np.array([[a, b, 0] for a in range(3) for b in range(2)], np.int8))
+        assert seen == [0, 2, 4]
+
+    def test_a_one_hot_mixture_is_its_assignment(self):
+        evaluator, memory = recorded()
+        rows = np.array([[0, 1, 2], [2, 0, 1]], np.int8)
+        memory(rows)
+        assert memory(SPACE.one_hot(rows)).tobytes() == memory(rows).tobytes()
+        assert len(evaluator.requests) == 1
+        memory(SPACE.one_hot(rows) * np.float32(0.5))
+        assert memory.computed == 4
+
+    def test_other_studies_are_not_looked_at(self):
+        store = MemoryStore()
+        _, memory = recorded(store)
+        memory(SPACE.lowest()[None])
+        other = FakeEvaluator(SPACE, DAMAGE)
+        other.fingerprint = "other"
+        again = Recorded(other, store)
+        again(SPACE.lowest()[None])
+        assert again.computed == 1
+
+    def test_passes_through_what_an_evaluator_has(self):
+        evaluator, memory = recorded()
+        for name in ("fingerprint", "space", "slots", "rows_per_batch"):
+            assert getattr(memory, name) == getattr(evaluator, name)
+        assert memory.groups is evaluator.groups
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+    def test_a_value_that_is_not_finite_is_named_and_not_kept(self, bad):
+        store = MemoryStore()
+        evaluator, memory = recorded(store)
+        by_group = evaluator.by_group
+        evaluator.by_group = lambda m: np.where((m == [2, 1, 1]).all(axis=1, keepdims=True), bad, by_group(m))
+        rows = np.array([[0, 0, 0], [2, 1, 1], [1, 1, 1]], np.int8)
+        with pytest.raises(SmpqError, match=r"row 1 .*bits 8 8 4"):
+            memory(rows)
+        assert len(store.read("fake")) == 2
+        evaluator.by_group = by_group
+        assert np.isfinite(memory(rows)).all()
+        assert memory.computed == 4
+
+    def test_progress_counts_what_is_computed(self):
+        seen = []
+        evaluator = FakeEvaluator(SPACE, DAMAGE, rows_per_batch=2)
+        memory = Recorded(evaluator, MemoryStore(), progress=lambda done, total: seen.append((done, total)))
+        memory(np.array([[0, 0, 0], [0, 0, 0], [1, 0, 0], [2, 0, 0]], np.int8))
+        assert seen == [(2, 3), (3, 3)]
+
+    def test_no_rows_have_no_values(self):
+        _, memory = recorded()
+        assert memory.by_group(np.zeros((0, 3), np.int8)).shape == (0, 2)
+        assert memory(np.zeros((0, 3, 3), np.float32)).shape == (0,)
+
+    @pytest.mark.parametrize(
+        "wrong", [np.zeros((2, 4), np.int8), np.zeros(3, np.int8), np.zeros((2, 3)), np.zeros((2, 3, 2))]
+    )
+    def test_other_shapes_are_refused(self, wrong):
+        with pytest.raises(ValueError, match="rows: expected"):
+            recorded()[1](wrong)

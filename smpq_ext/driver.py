@@ -1,0 +1,193 @@
+"""`search`: from a model, data and a budget to a verified plan."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from smpq_ext import budget as budgets
+from smpq_ext import registry
+from smpq_ext.core import Method, Plan, Problem, Result, SmpqError, Store
+from smpq_ext.engine.apply import apply
+from smpq_ext.engine.evaluator import evaluator as make_evaluator
+from smpq_ext.store import MemoryStore, Recorded, SqliteStore
+
+HOLDOUT_SHARE = 0.25
+EVALUATIONS_PER_SLOT = 30
+
+Progress = Callable[[str, int, int], None]
+
+
+def search(
+    model: nn.Module,
+    data: Iterable[tuple[Any, Any]],
+    *,
+    bits: Sequence[int] = (2, 3, 4, 6, 8),
+    activation_bits: Sequence[int] | None = None,
+    budget: str,
+    method: str | Method = "shapley",
+    loss: Callable[[Any, Any], torch.Tensor] | str | None = None,
+    evaluations: int | None = None,
+    seed: int = 0,
+    renormalize: bool | str = "auto",
+    store: str | os.PathLike[str] | Store | None = None,
+    fixed: Mapping[str, int | str] | None = None,
+    progress: bool | Progress = False,
+) -> Result:
+    """Find the widths that keep the loss of `model` lowest within `budget`, and verify them.
+
+    data: (inputs, targets) batches, kept as given; bits, activation_bits: candidate widths of weights and activations
+    (None: the same, (): weights only); budget: "weight-bits=3", "activation-bits=3", "bytes=250000", "bitops=0.1",
+    several separated by commas; loss: callable(outputs, targets), "kl", or None for cross-entropy; evaluations: at most
+    so many forward passes over the calibration data (default: 30 for each slot); store: a file that keeps every
+    evaluation, so that running again is resuming; fixed: slot or layer to width or "float" (default: first and last
+    layer at 8); renormalize: re-estimate BatchNorm statistics for every assignment; progress: True for a line on
+    standard error, or callable(stage, done, total).
+
+    Raises SmpqError (Infeasible where no assignment meets the budget) for input that cannot be searched.
+    """
+    return Study(
+        model,
+        data,
+        bits=bits,
+        activation_bits=activation_bits,
+        budget=budget,
+        method=method,
+        loss=loss,
+        evaluations=evaluations,
+        seed=seed,
+        renormalize=renormalize,
+        store=store,
+        fixed=fixed,
+        progress=progress,
+    ).run()
+
+
+class Study:
+    """A search that is ready to run: the arguments are those of `search`, checked, and the grids are calibrated."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Iterable[tuple[Any, Any]],
+        *,
+        bits: Sequence[int],
+        activation_bits: Sequence[int] | None,
+        budget: str,
+        method: str | Method,
+        loss: Callable[[Any, Any], torch.Tensor] | str | None,
+        evaluations: int | None,
+        seed: int,
+        renormalize: bool | str,
+        store: str | os.PathLike[str] | Store | None,
+        fixed: Mapping[str, int | str] | None,
+        progress: bool | Progress,
+    ) -> None:
+        self._clock = _Clock()
+        if evaluations is not None and evaluations < 1:
+            raise SmpqError(f"evaluations: a positive number, not {evaluations}")
+        self.method: Method = registry.find("methods", method)() if isinstance(method, str) else method
+        self.name = method if isinstance(method, str) else type(method).__name__.lower()
+        self.model = model
+        self.engine = make_evaluator(
+            model,
+            data,
+            bits=bits,
+            activation_bits=activation_bits,
+            loss=loss,
+            renormalize=renormalize,  # type: ignore[arg-type]
+            fixed=fixed,
+        )
+        space = self.engine.space
+        limits = budgets.parse(budget, space)
+        parts = self.engine.split(HOLDOUT_SHARE, seed) if self.method.holdout else (self.engine, None)
+        kept: Store = MemoryStore() if store is None else store  # type: ignore[assignment]
+        if isinstance(store, str | os.PathLike):
+            kept = SqliteStore(store)
+        self._whole = Recorded(self.engine, kept)
+        self._parts = [Recorded(part, kept) for part in parts if part is not None]
+        self.problem = Problem(
+            space=space,
+            budget=limits,
+            evaluator=self._parts[0],
+            holdout=self._parts[1] if len(self._parts) > 1 else None,
+            model=self.engine,
+            evaluations=evaluations or EVALUATIONS_PER_SLOT * len(space.slots),
+            seed=seed,
+            progress=_line if progress is True else progress or (lambda stage, done, total: None),
+        )
+        self._clock.lap("calibrate")
+
+    def seconds_per_evaluation(self) -> float:
+        """Measured on a batch of rows, after one to warm up."""
+        rows = np.tile(self.problem.space.highest(), (self.engine.rows_per_batch, 1))
+        rows[:, 0] = np.arange(len(rows)) % len(self.problem.space.candidates[0])  # no two alike need not be shared
+        self.engine(rows[:1])
+        start = time.perf_counter()
+        self.engine(rows)
+        return (time.perf_counter() - start) / len(rows)
+
+    def run(self) -> Result:
+        """Search, apply the plan, and verify it by a forward pass of the applied model."""
+        engine, problem = self.engine, self.problem
+        self._clock.restart()
+        answer = self.method.allocate(problem)
+        if not problem.budget.feasible(answer.assignment).all():
+            raise SmpqError(f"method {self.name}: its plan does not meet the budget; this is a fault of the method")
+        self._clock.lap("search")
+
+        widths = engine.space.bits(answer.assignment)
+        statistics = engine.statistics(answer.assignment)
+        plan = Plan(self.name, problem.seed, engine.fingerprint, widths, engine.grids_for(widths), statistics)
+        measured = -float(self._whole(answer.assignment[None])[0])
+        verified = engine.loss_of(apply(self.model, plan))
+        if abs(verified - measured) > 1e-3 * max(1.0, abs(measured)):
+            raise SmpqError(
+                f"verify: the applied model's loss is {verified:.6g}, the search measured {measured:.6g}; "
+                "a forward pass of this model seems to depend on more than its inputs"
+            )
+        self._clock.lap("verify")
+        return Result(
+            plan=plan,
+            space=engine.space,
+            budget={limit.name: limit.limit for limit in problem.budget.limits},
+            cost=budgets.costs(engine.space, answer.assignment),
+            attribution=answer.attribution,
+            scores=answer.scores,
+            score_errors=answer.score_errors,
+            predicted_loss=answer.predicted_loss,
+            measured_loss=verified,
+            float_loss=engine.float_loss,
+            trace=answer.trace,
+            finding=answer.finding,
+            evaluations=sum(part.asked for part in self._parts),
+            seconds=self._clock.seconds,
+            peak_bytes=engine.peak_bytes,
+            left_out=engine.left_out,
+        )
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        self.seconds[name] = time.perf_counter() - self._last
+        self.restart()
+
+    def restart(self) -> None:
+        self._last = time.perf_counter()
+
+
+def _line(stage: str, done: int, total: int) -> None:
+    """Progress as one line on standard error."""
+    import sys
+
+    print(f"\r{stage}: {done} of {total}", end="\n" if done >= total else "", file=sys.stderr, flush=True)

@@ -1,0 +1,495 @@
+"""From mixtures of widths to losses on a fixed calibration set: the seam between numbers and tensors."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves, tree_map
+
+import smpq_ext
+from smpq_ext.core import FLOAT_BITS, Assignments, Grid, Mixtures, Slot, SmpqError, Space, Values
+from smpq_ext.engine import losses, samples
+from smpq_ext.engine.executor import Executor, Meter, free_memory
+from smpq_ext.engine.grids import SAMPLE, Calibrate, Grids, Observed, activation_grids, weight_grids
+from smpq_ext.engine.layers import Layer, check_weights, duplicate, find, quiet
+from smpq_ext.engine.samples import Batch
+
+CACHE = 4 << 20  # bytes of the largest activation of one forward: beyond it a CPU waits for memory
+
+
+def evaluator(
+    model: nn.Module,
+    data: Iterable[tuple[Any, Any]],
+    *,
+    bits: Sequence[int],
+    activation_bits: Sequence[int] | None = None,
+    loss: losses.Loss | str | None = None,
+    renormalize: bool | str = "auto",
+    memory: int | None = None,
+    fixed: Mapping[str, int | str] | None = None,
+    calibrate: Calibrate = "mse",
+) -> TorchEvaluator:
+    """The value of width assignments of `model` on `data`, an iterable of (inputs, targets) that is kept as given.
+
+    bits: candidate widths, 1 to 16; activation_bits: other widths for activations, or () for weights only.
+    loss: a function of (outputs, targets) to a scalar, a mean over samples; None is cross-entropy for integer targets
+    [...] and outputs [..., classes]; "kl" the divergence from the float model's outputs [..., classes].
+    renormalize: BatchNorm statistics re-estimated on the data for every row; "auto" where the model has BatchNorm.
+    memory: bytes that a forward may take; default a quarter of what is free.
+    fixed: slot or layer -> width or "float"; default first and last layer at 8; {} searches every slot.
+    calibrate: "mse", "minmax" or "percentile". The model itself is only read.
+
+    Raises SmpqError for what the user can mend.
+    """
+    if not isinstance(model, nn.Module):
+        raise SmpqError(f"model: an nn.Module is needed, not a {type(model).__name__}")
+    if calibrate not in ("mse", "minmax", "percentile"):
+        raise SmpqError(f"calibrate: {calibrate!r} is not known; there are mse, minmax and percentile")
+    if not (renormalize == "auto" or isinstance(renormalize, bool)):
+        raise SmpqError(f"renormalize: 'auto', True or False, not {renormalize!r}")
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    return TorchEvaluator(model, data, bits, activation_bits, loss, renormalize, memory, fixed, calibrate)
+
+
+class TorchEvaluator:
+    """Assignments [n, slots] or mixtures [n, slots, candidates] to values [n]; made by `evaluator`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Iterable[tuple[Any, Any]],
+        bits: Sequence[int],
+        activation_bits: Sequence[int] | None,
+        loss: losses.Loss | str | None,
+        renormalize: bool | str,
+        memory: int | None,
+        fixed: Mapping[str, int | str] | None,
+        calibrate: Calibrate,
+    ) -> None:
+        weight_bits = _widths("bits", bits)
+        activation_widths = weight_bits if activation_bits is None else _widths("activation_bits", activation_bits, empty=True)
+        self.model = model
+        self.device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+        self.notes: tuple[str, ...] = ()
+        batches = samples.read(data, self.device)
+        check_weights(model)
+        self.loss_fn = losses.choose(loss, batches)
+        twin = duplicate(model, share=True)
+        with quiet(self.device):
+            layers, self.left_out, norms = find(twin, batches[0])
+            seen = _observe(twin, layers, batches)
+        once = tuple(name for name, calls in norms.items() if calls == 1)
+        if len(once) < len(norms):
+            repeated = ", ".join(name for name in norms if name not in once)
+            self.notes += (f"these BatchNorms run several times and keep their own statistics: {repeated}",)
+        self.renormalize = bool(once) and renormalize in ("auto", True)
+        self.layers: dict[str, nn.Module] = {layer.name: model.get_submodule(layer.name) for layer in layers}
+        self.space = _space(layers, weight_bits, activation_widths, fixed)
+        self.slots = tuple(slot.name for slot in self.space.slots)
+        self._grids = _calibrate(layers, self.space, seen, calibrate)
+        self.grids: dict[str, tuple[Grid, ...]] = {
+            name: tuple(g.grid(k) for k in range(len(g.scale))) for name, g in self._grids.items()
+        }
+        self._executor = Executor(twin, layers, self._grids, once if self.renormalize else ())
+        self._memory = memory
+        self.peak_bytes = 0
+        with quiet(self.device):
+            self._executor.channels_last = self._channels_last_works(batches[0])
+            self._folds = self._fold_works(batches[0])
+            if not self._folds:
+                self.notes += (
+                    "the model mixes samples, or does not keep them in the first dimension: coalitions run one at a time",
+                )
+            if self.loss_fn is losses.kl:
+                batches = tuple(
+                    Batch(b.inputs, losses.log_probabilities(self._executor.forward(b, 0, b.size)), b.size) for b in batches
+                )
+        self._identity = self._model_digest(layers, losses.identity(self.loss_fn))
+        self._bind(batches)
+
+    def __call__(self, mixtures: Mixtures | Assignments) -> Values:
+        """Values [n], minus the mean loss, of assignments int8 [n, slots] or mixtures float32 [n, slots, candidates].
+
+        Raises ValueError for other shapes, SmpqError where a loss is not finite.
+        """
+        return np.asarray(self.by_group(mixtures) @ self.groups, np.float64)
+
+    def by_group(self, mixtures: Mixtures | Assignments) -> NDArray[np.float64]:
+        """The value for each group of calibration samples, [n, groups]."""
+        rows = self._rows(mixtures)
+        if not len(rows):
+            return np.empty((0, len(self.groups)))
+        distinct, index = np.unique(rows, axis=0, return_inverse=True)  # sorted: equal weights are neighbours
+        index = index.reshape(-1)
+        out = np.empty((len(distinct), len(self.groups)))
+        with quiet(self.device):
+            for first in range(0, len(distinct), self.rows_per_batch):
+                chunk = distinct[first : first + self.rows_per_batch]
+                with _loaded(self, chunk):
+                    loss = self._losses()
+                    if not np.isfinite(loss).all():
+                        self._complain(loss, chunk, [int(np.argmax(index == first + r)) for r in range(len(chunk))])
+                    out[first : first + len(chunk)] = -self._per_group(loss)
+        return out[index]
+
+    def statistics(self, assignment: Assignments) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        """Mean and biased variance of every re-estimated BatchNorm at an assignment [slots]; empty without renormalize."""
+        if not self.renormalize:
+            return {}
+        with quiet(self.device), _loaded(self, self._rows(np.asarray(assignment)[None])):
+            found = self._executor.statistics = {}
+            try:
+                for batch in self._run_batches:
+                    self._executor.forward(batch, 0, batch.size)
+            finally:
+                self._executor.statistics = None
+        return {name: (mean.float().cpu().numpy(), var.cpu().numpy()) for name, (mean, var) in found.items()}
+
+    def grids_for(self, bits: Mapping[str, int]) -> dict[str, Grid]:
+        """The grid of every quantized slot at these widths (slot name -> width), fixed slots included.
+
+        Raises SmpqError where a width is missing or is no candidate.
+        """
+        found = {}
+        for slot, widths in (*zip(self.space.slots, self.space.candidates, strict=True), *((s, (w,)) for s, w in self.space.fixed)):
+            width = bits.get(slot.name, widths[0] if len(widths) == 1 else None)
+            if width not in widths:
+                raise SmpqError(f"bits: {slot.name} has the candidates {widths}, not {width}")
+            if slot.name in self.grids:
+                found[slot.name] = self.grids[slot.name][widths.index(width)]
+        return found
+
+    def split(self, fraction: float, rng: np.random.Generator) -> tuple[TorchEvaluator, TorchEvaluator]:
+        """Two evaluators on disjoint samples, grids in common: for the search, and the `fraction` that is kept apart.
+
+        Raises SmpqError where either would have no sample.
+        """
+        total = sum(b.size for b in self.batches)
+        apart = round(fraction * total)
+        if not 0 < apart < total:
+            raise SmpqError(f"data: {fraction:g} of {total} samples leaves nothing on one side; give more samples")
+        held = np.zeros(total, np.bool_)
+        held[rng.permutation(total)[:apart]] = True
+        return self._subset(~held), self._subset(held)
+
+    def _subset(self, kept: NDArray[np.bool_]) -> TorchEvaluator:
+        edges = np.cumsum([0, *(b.size for b in self.batches)])
+        index = [torch.from_numpy(np.flatnonzero(kept[i:j])) for i, j in zip(edges, edges[1:], strict=False)]
+        other = copy.copy(self)
+        other.peak_bytes = 0
+        other._bind(tuple(b.take(k) for b, k in zip(self.batches, index, strict=True) if len(k)))
+        return other
+
+    # The samples: parts, groups, chunks, fingerprint.
+
+    def _bind(self, batches: tuple[Batch, ...]) -> None:
+        self.batches = batches
+        self._parts, self.groups = samples.parts(batches)
+        self._run_batches = batches
+        if self.renormalize:
+            self._run_batches = (samples.concatenate(batches),)
+            offset = np.cumsum([0, *(b.size for b in batches)])
+            self._parts = tuple(
+                samples.Part(0, int(p.start + offset[p.batch]), int(p.stop + offset[p.batch]), p.group) for p in self._parts
+            )
+        data = samples.digest([(b.inputs, None if self.loss_fn is losses.kl else b.targets, b.size) for b in batches])
+        self.fingerprint = hashlib.sha256(f"{self._identity}{data}{self.renormalize}".encode()).hexdigest()
+        with quiet(self.device):
+            self._chunks()
+            loss = self._losses()
+            if not np.isfinite(loss).all():
+                self._complain(loss, None, [0])
+        self.float_loss = float((self._per_group(loss) @ self.groups)[0])
+
+    def _chunks(self) -> None:
+        """How many rows and samples one forward takes, from the bytes that a single row of few samples occupies."""
+        batch = max(self._run_batches, key=lambda b: b.size)
+        few = batch.size if not self._folds else min(batch.size, 4)
+        with _loaded(self, self._rows(self.space.highest()[None])), Meter() as meter:
+            outputs = self._executor.forward(batch, 0, few)
+        result = sum(x.numel() * x.element_size() for x in tree_leaves(outputs) if isinstance(x, Tensor))
+        self._sample_bytes, self._output_bytes = -(-meter.peak // few), -(-result // few)
+        self._weight_bytes = sum(layer.source.numel() * 4 for layer in self._executor.layers if layer.weight)
+        memory = free_memory(self.device) // 4 if self._memory is None else self._memory
+        images = memory // max(1, self._sample_bytes)
+        if self.device.type == "cpu":
+            images = min(images, CACHE // max(1, meter.largest // few))
+        largest = max(b.size for b in self._run_batches)
+        self._samples = largest if self.renormalize or not self._folds else max(1, min(images, largest))
+        row = self._samples * self._sample_bytes + largest * self._output_bytes + self._weight_bytes
+        rows = min(images // self._samples, memory // row)
+        self.rows_per_batch = max(1, int(rows)) if self._folds else 1
+
+    # One chunk of rows.
+
+    def _losses(self) -> NDArray[np.float64]:
+        """The loss of every loaded row and part, [rows, parts]; of the float model where nothing is loaded."""
+        n = max(1, self._executor.rows)
+        out: list[Tensor] = []
+        for b, batch in enumerate(self._run_batches):
+            pieces = []
+            for start in range(0, batch.size, self._samples):
+                stop = min(start + self._samples, batch.size)
+                outputs = self._executor.forward(batch, start, stop)
+                pieces.append(tree_map(lambda x, size=stop - start: _per_row(x, n, size), outputs))
+            rows = pieces[0] if len(pieces) == 1 else tree_map(_join, *pieces)
+            mine = [p for p in self._parts if p.batch == b]
+            for p in mine:
+                targets = samples.part(batch.targets, batch.size, p.start, p.stop)
+                for r in range(n):
+                    row = tree_map(lambda x, r=r: x[r] if isinstance(x, Tensor) and x.dim() else x, rows)
+                    value = self.loss_fn(samples.part(row, batch.size, p.start, p.stop), targets)
+                    if not isinstance(value, Tensor) or value.numel() != 1:
+                        raise SmpqError(f"loss: it must return a scalar tensor, not {_shape(value)}; take the mean over the samples")
+                    out.append(value.detach().reshape(()).double())
+        used = n * (self._samples * self._sample_bytes + self._output_bytes * max(b.size for b in self._run_batches) + self._weight_bytes)
+        self.peak_bytes = max(self.peak_bytes, used)
+        return torch.stack(out).cpu().numpy().reshape(len(self._parts), n).T
+
+    def _per_group(self, loss: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Losses [rows, parts] to the mean over each group's samples, [rows, groups]."""
+        total = np.zeros((len(loss), len(self.groups)))
+        size = np.zeros(len(self.groups))
+        for column, p in zip(loss.T, self._parts, strict=True):
+            total[:, p.group] += column * (p.stop - p.start)
+            size[p.group] += p.stop - p.start
+        return total / size
+
+    def _complain(self, loss: NDArray[np.float64], chunk: NDArray[np.float32] | None, index: list[int]) -> None:
+        """Raise SmpqError for the first loss [rows, parts] that is not finite, naming row and layer."""
+        row, k = np.argwhere(~np.isfinite(loss))[0]
+        batch = self._run_batches[self._parts[k].batch]
+        if chunk is not None:
+            self._executor.load(self._by_slot(chunk[row : row + 1]))
+        where = self._executor.first_non_finite(batch, 0, batch.size)
+        what = "of the float model" if chunk is None else f"of row {index[row]}"
+        why = f"the first activation with NaN or infinity leaves {where}" if where else "every activation is finite, the loss itself is not"
+        raise SmpqError(f"loss: the loss {what} is {loss[row, k]}; {why}")
+
+    def _rows(self, mixtures: NDArray[Any]) -> NDArray[np.float32]:
+        """Mixtures [n, slots, candidates] of what the caller gave. Raises ValueError where it is neither kind."""
+        given = np.asarray(mixtures)
+        mask = self.space.mask
+        if given.ndim == 2 and given.dtype.kind in "iu":
+            if given.shape[1] != len(self.slots):
+                raise ValueError(f"assignments: expected [n, {len(self.slots)}], got {list(given.shape)}")
+            if given.size and (given.min() < 0 or (given > self.space.highest()).any()):
+                raise ValueError("assignments: an entry is no candidate's index")
+            return self.space.one_hot(given)
+        if given.ndim != 3 or given.shape[1:] != mask.shape or given.dtype.kind != "f":
+            raise ValueError(
+                f"mixtures: expected int8 [n, {len(self.slots)}] or float32 [n, {mask.shape[0]}, {mask.shape[1]}], "
+                f"got {given.dtype} {list(given.shape)}"
+            )
+        if not np.isfinite(given).all() or given[:, ~mask].any():
+            raise ValueError("mixtures: weights must be finite, and 0 where a slot has no such candidate")
+        return given.astype(np.float32) + np.float32(0)  # -0 becomes 0: equal rows are the same bytes
+
+    def _by_slot(self, rows: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """The mixtures [n, candidates] of every quantized slot."""
+        found = {name: np.ones((len(rows), 1), np.float32) for name in self._grids}
+        for k, (name, widths) in enumerate(zip(self.slots, self.space.candidates, strict=True)):
+            found[name] = np.ascontiguousarray(rows[:, k, : len(widths)])
+        return found
+
+    # What holds for this model, tried once.
+
+    def _channels_last_works(self, batch: Batch) -> bool:
+        """Whether the float model runs, and agrees, with channels last: several times faster for few channels."""
+        if not any(isinstance(m, nn.Conv2d) for m in self.layers.values()):
+            return False
+        expected = self._executor.forward(batch, 0, min(batch.size, 2))
+        self._executor.channels_last = True
+        try:
+            return _close(self._executor.forward(batch, 0, min(batch.size, 2)), expected)
+        except RuntimeError:  # the model uses view where only reshape works
+            return False
+
+    def _fold_works(self, batch: Batch) -> bool:
+        """Whether the first dimension is the batch wherever a layer or norm quantizes: run together equals run apart."""
+        half = min(max(1, batch.size // 2), 4)
+        seen: list[Tensor] = []
+        owners = [layer.module for layer in self._executor.layers]
+        owners += [m for m in self._executor.model.modules() if isinstance(m, _BatchNorm)]
+        handles = [m.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for m in owners]
+        if batch.size == 1:
+            batch = batch.take(torch.zeros(2, dtype=torch.int64))
+        try:
+            together, inputs = self._executor.forward(batch, 0, 2 * half), list(seen)
+            seen.clear()
+            alone = self._executor.forward(batch, 0, half)
+        except Exception:
+            return False
+        finally:
+            for handle in handles:
+                handle.remove()
+        ours = samples.part((inputs, together), 2 * half, 0, half)
+        return len(inputs) == len(seen) and _close(ours, (seen, alone))
+
+    def _model_digest(self, layers: list[Layer], loss: str) -> str:
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        sha = hashlib.sha256()
+        modules = [(name, type(m).__module__, type(m).__qualname__) for name, m in self.model.named_modules()]
+        structure = [layer.module.extra_repr() for layer in layers]
+        try:
+            code = inspect.getsource(type(self.model))
+        except (OSError, TypeError):
+            code = ""
+        for piece in (smpq_ext.__version__, torch.__version__, modules, structure, code, self.space, loss):
+            sha.update(repr(piece).encode())
+        grids = [(name, g.scale, g.zero_point, g.quant_min, g.quant_max) for name, g in self._grids.items()]
+        sha.update(samples.digest([list(tensors), list(tensors.values()), grids]).encode())
+        return sha.hexdigest()
+
+
+class _loaded:
+    """The executor with these rows, given back as it was, also after an exception."""
+
+    def __init__(self, owner: TorchEvaluator, rows: NDArray[np.float32]) -> None:
+        self.executor, self.mixtures, self.renormalize = owner._executor, owner._by_slot(rows), owner.renormalize
+
+    def __enter__(self) -> None:
+        self.executor.load(self.mixtures)
+        self.executor.renormalize = self.renormalize
+
+    def __exit__(self, *_: object) -> None:
+        self.executor.unload()
+        self.executor.renormalize = False
+
+
+def _widths(name: str, bits: Sequence[int], empty: bool = False) -> tuple[int, ...]:
+    try:
+        widths = tuple(sorted({int(b) for b in bits}))
+        good = all(int(b) == b for b in bits) and all(1 <= b <= 16 for b in widths)
+    except (TypeError, ValueError):
+        good, widths = False, ()
+    if not good or not (widths or empty):
+        raise SmpqError(f"{name}: widths from 1 to 16, such as (2, 4, 8), not {bits!r}")
+    return widths
+
+
+def _space(
+    layers: list[Layer], weight_bits: tuple[int, ...], activation_bits: tuple[int, ...], fixed: Mapping[str, int | str] | None
+) -> Space:
+    """The searched and the fixed slots; weights of one Parameter are tied, and its elements counted once."""
+    slots: list[Slot] = []
+    for layer in layers:
+        own = layer.shares is None
+        weight = layer.weight
+        slots.append(
+            Slot(layer.name, "weight", weight.numel() * own, layer.macs, weight.shape[layer.axis] * own)
+        )
+        slots.append(Slot(layer.name, "activation", layer.elements, layer.macs, 1))
+    if fixed is None:
+        fixed = {layers[0].name: 8, layers[-1].name: 8}
+    names = {s.name for s in slots} | {layer.name for layer in layers}
+    for key, value in fixed.items():
+        if key not in names:
+            raise SmpqError(f"fixed: {key!r} is no slot or layer; there are {', '.join(sorted(s.name for s in slots))}")
+        if value != "float" and not (isinstance(value, int) and (1 <= value <= 16 or value == FLOAT_BITS)):
+            raise SmpqError(f"fixed: {key}: a width from 1 to 16, or 'float', not {value!r}")
+    owner = {layer.name: layer.shares or layer.name for layer in layers}
+    width: dict[str, int] = {}
+    for slot in slots:
+        weightless = slot.kind == "activation" and not activation_bits
+        value = fixed.get(slot.name, "float" if weightless else fixed.get(slot.layer))
+        if value is not None:
+            width[slot.name] = FLOAT_BITS if value == "float" else int(value)
+    for slot in slots:  # a fixed weight fixes all that share its Parameter
+        if slot.kind == "weight" and slot.name in width:
+            for other in (s for s in slots if s.kind == "weight" and owner[s.layer] == owner[slot.layer]):
+                if width.setdefault(other.name, width[slot.name]) != width[slot.name]:
+                    raise SmpqError(f"fixed: {slot.name} and {other.name} are one Parameter and need one width")
+    searched = [s for s in slots if s.name not in width]
+    if not searched:
+        raise SmpqError("fixed: every slot is fixed, nothing is left to search; give fixed={} to search them all")
+    tied: dict[str, list[int]] = {}
+    for k, slot in enumerate(searched):
+        if slot.kind == "weight":
+            tied.setdefault(owner[slot.layer], []).append(k)
+    return Space(
+        tuple(searched),
+        tuple(weight_bits if s.kind == "weight" else activation_bits for s in searched),
+        tuple((s, width[s.name]) for s in slots if s.name in width),
+        tuple(tuple(group) for group in tied.values() if len(group) > 1),
+    )
+
+
+def _observe(model: nn.Module, layers: list[Layer], batches: tuple[Batch, ...]) -> dict[str, Observed]:
+    """What enters every layer of the float model. Raises SmpqError where it is not finite."""
+    total = sum(b.size for b in batches)
+    seen = {layer.name: Observed() for layer in layers}
+    share = 0  # of SAMPLE, for one call on the batch in hand
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if not torch.isfinite(args[0]).all():
+                raise SmpqError(f"model: what enters layer {name!r} holds NaN or infinity; look at the data, or at the layers before")
+            seen[name].add(args[0], share)
+
+        return hook
+
+    handles = [layer.module.register_forward_pre_hook(watch(layer.name)) for layer in layers]
+    try:
+        for batch in batches:
+            share = max(1, SAMPLE * batch.size // total)
+            samples.call(model, batch.inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _calibrate(layers: list[Layer], space: Space, seen: Mapping[str, Observed], calibrate: Calibrate) -> dict[str, Grids]:
+    """The grids of every slot that is not float."""
+    widths = {s.name: c for s, c in zip(space.slots, space.candidates, strict=True)}
+    widths |= {s.name: (w,) for s, w in space.fixed if w != FLOAT_BITS}
+    found: dict[str, Grids] = {}
+    for layer in layers:
+        if (name := f"{layer.name}.weight") in widths:
+            found[name] = weight_grids(layer.weight, layer.axis, widths[name], calibrate)
+        if (name := f"{layer.name}.activation") in widths:
+            found[name] = activation_grids(seen[layer.name], widths[name], calibrate)
+    return found
+
+
+def _per_row(x: Any, n: int, size: int) -> Any:
+    """An output [n * size * k, ...] as [n, size * k, ...]; anything else as one entry for all rows."""
+    if not isinstance(x, Tensor) or not x.dim():
+        return x
+    return x.unflatten(0, (n, -1)) if x.shape[0] % (n * size) == 0 else x.expand(n, *x.shape)
+
+
+def _join(*pieces: Any) -> Any:
+    return torch.cat(pieces, dim=1) if isinstance(pieces[0], Tensor) and pieces[0].dim() else pieces[-1]
+
+
+def _close(a: Any, b: Any) -> bool:
+    """Whether two trees of tensors agree up to rounding."""
+    ours, theirs = tree_leaves(a), tree_leaves(b)
+    if len(ours) != len(theirs):
+        return False
+    for x, y in zip(ours, theirs, strict=True):
+        if isinstance(x, Tensor) and isinstance(y, Tensor):
+            if x.shape != y.shape:
+                return False
+            if x.is_floating_point() and x.numel():
+                limit = 1e-3 * max(float(y.abs().max()), 1e-6)
+                if not (x - y).abs().max() <= limit:
+                    return False
+            elif not torch.equal(x, y):
+                return False
+    return True
+
+
+def _shape(value: Any) -> str:
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -1,0 +1,213 @@
+"""Runs a model for n coalitions at once: the coalitions are folded into the batch dimension, [n * samples, ...]."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from smpq_ext import ops
+from smpq_ext.engine.grids import Grids
+from smpq_ext.engine.layers import Layer
+from smpq_ext.engine.samples import Batch, call
+
+
+class Executor:
+    """A copy of the model whose layers quantize for the rows that `load` was given last.
+
+    `grids` [slot name] holds the quantized slots, searched or fixed; a layer without an entry stays float.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[Layer], grids: Mapping[str, Grids], norms: tuple[str, ...]) -> None:
+        self.model = model
+        self.rows = 0  # 0: the float model
+        self.renormalize = False
+        self.statistics: dict[str, tuple[Tensor, Tensor]] | None = None  # filled by the norms while it is a dict
+        self.channels_last = False
+        self.layers = [_QuantizedLayer(self, layer, grids) for layer in layers]
+        for name in norms:
+            _RowNorm(self, name, model.get_submodule(name))
+
+    def load(self, mixtures: Mapping[str, NDArray[np.float32]]) -> None:
+        """Prepare the rows: mixtures [n, candidates] of every quantized slot. All weights are quantized in one call."""
+        self.rows = len(next(iter(mixtures.values())))
+        weighted = [layer for layer in self.layers if layer.weight is not None]
+        distinct = []
+        for layer in weighted:
+            rows, index = np.unique(mixtures[f"{layer.name}.weight"], axis=0, return_inverse=True)
+            layer.variant = index.reshape(-1).tolist()
+            distinct.append(torch.from_numpy(rows).to(layer.source.device))
+        floating = any(layer.weight.zero_point.is_floating_point() for layer in weighted)
+        by_type: dict[torch.dtype, list[int]] = {}
+        for k, layer in enumerate(weighted):
+            by_type.setdefault(layer.source.dtype, []).append(k)
+        for ks in by_type.values():
+            grids = [weighted[k].weight for k in ks]
+            variants = ops.coalition_fake_quantize_list(
+                [weighted[k].source for k in ks],
+                [g.scale for g in grids],
+                [g.zero_point.to(g.scale.dtype) for g in grids] if floating else [],
+                [g.quant_min for g in grids],
+                [g.quant_max for g in grids],
+                [distinct[k] for k in ks],
+                axis=0,
+            )
+            for k, v in zip(ks, variants, strict=True):
+                weighted[k].variants = v.movedim(1, weighted[k].axis + 1)
+        for layer in self.layers:
+            if layer.activation is not None:
+                layer.mixtures = torch.from_numpy(mixtures[f"{layer.name}.activation"]).to(layer.source.device)
+
+    def unload(self) -> None:
+        """Back to the float model, without the variants."""
+        self.rows = 0
+        for layer in self.layers:
+            layer.variants = layer.mixtures = None
+
+    def forward(self, batch: Batch, start: int, stop: int) -> Any:
+        """The outputs for samples [start, stop) of the batch, [rows * samples, ...]; one row where nothing is loaded."""
+        inputs = batch.rows(max(self.rows, 1), start, stop)
+        if self.channels_last and isinstance(inputs, Tensor) and inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        return call(self.model, inputs)
+
+    def first_non_finite(self, batch: Batch, start: int, stop: int) -> str | None:
+        """The first module, in execution order, whose output holds NaN or infinity for the loaded rows."""
+        found: list[str] = []
+
+        def look(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                tensors = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
+                if not found and not all(torch.isfinite(x).all() for x in tensors):
+                    found.append(name or "(the model itself)")
+
+            return hook
+
+        handles = [m.register_forward_hook(look(name)) for name, m in self.model.named_modules()]
+        try:
+            self.forward(batch, start, stop)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found[0] if found else None
+
+
+class _QuantizedLayer:
+    """Takes the place of a layer's forward in the copy."""
+
+    def __init__(self, executor: Executor, layer: Layer, grids: Mapping[str, Grids]) -> None:
+        self.executor, self.name, self.module, self.axis = executor, layer.name, layer.module, layer.axis
+        self.weight, self.activation = grids.get(f"{layer.name}.weight"), grids.get(f"{layer.name}.activation")
+        self.source = layer.weight.movedim(layer.axis, 0)
+        self.variants: Tensor | None = None  # [variants, *weight.shape]
+        self.variant: list[int] = []  # the variant of each row
+        self.mixtures: Tensor | None = None  # [n, candidates]
+        module, kind = layer.module, type(layer.module).forward
+        own = "forward" in vars(module)
+        plain = not own and isinstance(getattr(module, "padding", ()), tuple) and getattr(module, "padding_mode", "zeros") == "zeros"
+        self.linear = plain and kind is nn.Linear.forward
+        self.conv2d = plain and kind is nn.Conv2d.forward
+        self.original = module.forward
+        module.forward = self  # type: ignore[method-assign, assignment]
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        n = self.executor.rows
+        if n == 0 or (self.weight is None and self.activation is None):
+            return self.original(x, *args, **kwargs)
+        rows = x.unflatten(0, (n, -1)) if n > 1 else x.unsqueeze(0)
+        if self.activation is not None:
+            g, parent = self.activation, torch.arange(n, device=x.device)
+            rows = ops.coalition_fake_quantize(
+                rows, g.scale, g.zero_point, g.quant_min, g.quant_max, self.mixtures, parent=parent
+            )
+        if self.weight is None:
+            return self.original(rows.flatten(0, 1) if n > 1 else rows[0], *args, **kwargs)
+        m = self.module
+        if self.linear:
+            out = ops.coalition_linear(rows, self.variants, m.bias, self.variant)
+        elif self.conv2d and rows.dim() == 5:
+            out = ops.coalition_conv2d(rows, self.variants, m.bias, self.variant, m.stride, m.padding, m.dilation, m.groups)
+        else:
+            out = self._each(rows, args, kwargs)
+        return out.flatten(0, 1) if n > 1 else out[0]
+
+    def _each(self, rows: Tensor, args: Any, kwargs: Any) -> Tensor:
+        """The layer's own forward, row by row with the row's weight: [n, samples, ...]."""
+        parameters = self.module._parameters
+        own = parameters["weight"]
+        try:
+            out = []
+            for row, variant in zip(rows, self.variant, strict=True):
+                parameters["weight"] = self.variants[variant]  # type: ignore[index, assignment]
+                out.append(self.original(row, *args, **kwargs))
+        finally:
+            parameters["weight"] = own
+        return torch.stack(out)
+
+
+class _RowNorm:
+    """Takes the place of a BatchNorm's forward in the copy: while renormalizing, each row has its own statistics."""
+
+    def __init__(self, executor: Executor, name: str, module: nn.Module) -> None:
+        self.executor, self.name, self.module, self.original = executor, name, module, module.forward
+        module.forward = self  # type: ignore[method-assign, assignment]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        ex, m = self.executor, self.module
+        if not ex.renormalize or ex.rows == 0:
+            return self.original(x)
+        out = []
+        for row in x.chunk(ex.rows):
+            y, mean, inverse = torch.native_batch_norm(row, m.weight, m.bias, None, None, True, 0.0, m.eps)
+            out.append(y)
+            if ex.statistics is not None:
+                # The biased variance, as it was divided by: the applied model then gives the value that was searched.
+                ex.statistics[self.name] = (mean, (inverse.double() ** -2 - m.eps).clamp(min=0).float())
+        return torch.cat(out) if len(out) > 1 else out[0]
+
+
+class Meter(TorchDispatchMode):
+    """Counts the bytes that tensors made inside it occupy at once, op by op (what kernels use inside is not seen)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = self.largest = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.seen:
+                    self.seen.add(key)
+                    weakref.finalize(storage, self._free, key, size)
+                    self.live += size
+                    self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
+        return result
+
+    def _free(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.live -= size
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had on the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

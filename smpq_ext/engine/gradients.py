@@ -1,0 +1,148 @@
+"""Gradient scores of the float model, for the methods that need no coalition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from smpq_ext import ops
+from smpq_ext.core import Grid
+from smpq_ext.engine.layers import duplicate
+from smpq_ext.engine.samples import call
+
+if TYPE_CHECKING:
+    from smpq_ext.engine.evaluator import TorchEvaluator
+
+STEP = 32  # samples whose gradients are taken together
+
+Differentiate = Callable[[Tensor, list[Tensor]], list[Tensor]]  # loss, tensors -> one tensor for each
+
+
+def squared_gradients(engine: TorchEvaluator) -> NDArray[np.float64]:
+    """1/2 E[(gradient * error)^2] of each (slot, candidate), [slots, candidates]; the expectation is over samples.
+
+    With the KL loss, whose gradient is 0 at the float model, the labels are drawn from the model's own output: then
+    the expected square is the true Fisher information, the Hessian of the KL.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def fisher(loss: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+        return [g * g for g in torch.autograd.grad(loss, tensors)]
+
+    scores = np.zeros(engine.space.mask.shape)
+    samples = sum(batch.size for batch in engine.batches)
+    for size, weight, kinds in _passes(engine, fisher, lambda output, target: _label_loss(engine, output, target, generator)):
+        # A mean loss over `size` samples: its gradient for one sample's activation is 1/size of the sample's own, and
+        # for a weight the mean of about independent ones, whose square is 1/size of theirs.
+        factor = {"weight": size, "activation": size}
+        for slot, score in _contract(engine, kinds):
+            scores[slot] += 0.5 * score * factor[engine.space.slots[slot].kind] * weight / samples
+    return scores
+
+
+def hessian_scores(engine: TorchEvaluator, probes: int, seed: int) -> NDArray[np.float64]:
+    """Mean Hessian trace of each slot times its squared error / 2, [slots, candidates] (HAWQ-V2, eq. 11).
+
+    Hutchinson's estimate with `probes` Rademacher vectors for each group of samples.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def traces(loss: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+        gradients = torch.autograd.grad(loss, tensors, create_graph=True)
+        totals = [torch.zeros((), device=loss.device) for _ in tensors]
+        for probe in range(probes):
+            signs = [torch.randint(0, 2, t.shape, generator=generator).to(t) * 2 - 1 for t in tensors]
+            products = torch.autograd.grad(gradients, tensors, signs, retain_graph=probe + 1 < probes, allow_unused=True)
+            for total, sign, product in zip(totals, signs, products, strict=True):
+                if product is not None:
+                    total += (sign * product).sum() / probes
+        # The mean curvature, the same for every element.
+        return [(total.clamp(min=0) / t.numel()).expand(t.shape) for total, t in zip(totals, tensors, strict=True)]
+
+    scores = np.zeros(engine.space.mask.shape)
+    samples = sum(batch.size for batch in engine.batches)
+    for _, weight, kinds in _passes(engine, traces, engine.loss_fn):
+        for slot, score in _contract(engine, kinds):
+            scores[slot] += 0.5 * score * weight / samples
+    return scores
+
+
+def _label_loss(engine: TorchEvaluator, output: Any, target: Any, generator: torch.Generator) -> Tensor:
+    if engine.loss_name != "kl":
+        return engine.loss_fn(output, target)
+    shares = torch.softmax(output.detach().float(), -1).flatten(0, -2)
+    labels = torch.multinomial(shares.cpu(), 1, generator=generator).squeeze(1).to(output.device)
+    return torch.nn.functional.cross_entropy(output.flatten(0, -2), labels)
+
+
+def _passes(
+    engine: TorchEvaluator, differentiate: Differentiate, loss_of: Callable[[Any, Any], Tensor]
+) -> Iterator[tuple[int, int, dict[str, tuple[Tensor, Tensor]]]]:
+    """For each group of samples: its size, its weight, and (value, derivative) of every searched slot."""
+    model = duplicate(engine.model, share=False)
+    layers = {name: model.get_submodule(name) for name in engine.layers}
+    wanted = {slot.name for slot in engine.space.slots}
+    entered: dict[str, Tensor] = {}
+
+    def remember(name: str) -> Callable[..., Any]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            x = args[0]
+            if name in entered:  # a shared module: its first call stands for the others
+                return args
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            entered[name] = x
+            return (x, *args[1:])
+
+        return hook
+
+    for name, layer in layers.items():
+        if f"{name}.activation" in wanted:
+            layer.register_forward_pre_hook(remember(name))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    weights = {f"{name}.weight": layer.weight for name, layer in layers.items() if f"{name}.weight" in wanted}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    for batch in engine.batches:
+        for start in range(0, batch.size, STEP):
+            part = batch.take(torch.arange(start, min(start + STEP, batch.size)))
+            entered.clear()
+            with torch.enable_grad():
+                loss = loss_of(call(model, part.inputs), part.targets)
+                tensors = weights | {f"{name}.activation": x for name, x in entered.items()}
+                found = differentiate(loss, list(tensors.values()))
+            yield part.size, part.size, {n: (t.detach(), d.detach()) for (n, t), d in zip(tensors.items(), found, strict=True)}
+
+
+def _contract(
+    engine: TorchEvaluator, kinds: dict[str, tuple[Tensor, Tensor]]
+) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    """sum(derivative * error^2) of every slot, [candidates]."""
+    for index, slot in enumerate(engine.space.slots):
+        if slot.name not in kinds:
+            continue
+        value, derivative = kinds[slot.name]
+        score = np.zeros(engine.space.width_count)
+        for candidate, grid in enumerate(engine.grids[slot.name]):
+            error = on_grid(value, grid) - value
+            score[candidate] = float((derivative.double() * error.double().square()).sum())
+        yield index, score
+
+
+def on_grid(x: Tensor, grid: Grid) -> Tensor:
+    """x fake-quantized on one grid."""
+    scale, zero_point = (torch.from_numpy(a).to(x.device) for a in (grid.scale, grid.zero_point))
+    integer = bool((zero_point == zero_point.round()).all())
+    return ops.fake_quantize(
+        x,
+        scale,
+        zero_point.to(torch.int32) if integer else zero_point,
+        quant_min=grid.quant_min,
+        quant_max=grid.quant_max,
+        axis=grid.axis,
+    )

@@ -1,0 +1,102 @@
+"""The loss that a value is minus of: cross-entropy, KL to the float model, or the user's own."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smpq_ext.core import SmpqError
+from smpq_ext.engine.samples import Batch
+
+Loss = Callable[[Any, Any], Tensor]
+OWN = "or give loss=, a function of (outputs, targets) that returns a scalar tensor"
+
+
+def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of outputs [..., classes] for integer targets [...]. Raises SmpqError for other shapes."""
+    if not isinstance(outputs, Tensor) or outputs.shape[:-1] != targets.shape:
+        shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise SmpqError(
+            f"loss: cross-entropy wants outputs [..., classes] for targets {tuple(targets.shape)}, the model gives {shape}; "
+            f"change the model's output, {OWN}"
+        )
+    try:
+        return F.cross_entropy(outputs.reshape(-1, outputs.shape[-1]).float(), targets.reshape(-1).long())
+    except IndexError as error:
+        raise SmpqError(f"loss: cross-entropy over {outputs.shape[-1]} classes: {error}") from error
+
+
+def kl(outputs: Any, reference: Tensor) -> Tensor:
+    """Mean KL divergence from the float model's log-probabilities, both [..., classes]."""
+    logp = log_probabilities(outputs)
+    return F.kl_div(logp, reference, reduction="sum", log_target=True) / math.prod(logp.shape[:-1])
+
+
+def log_probabilities(outputs: Any) -> Tensor:
+    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+        raise SmpqError(f"loss: 'kl' wants the model to give one tensor [..., classes], not a {type(outputs).__name__}; {OWN}")
+    return F.log_softmax(outputs.float(), dim=-1)
+
+
+def choose(loss: Loss | str | None, batches: tuple[Batch, ...]) -> Loss:
+    """The loss function. Raises SmpqError where it is not known, or where the targets need one to be given."""
+    if loss == "kl":
+        return kl
+    if callable(loss):
+        return loss
+    if loss is not None:
+        raise SmpqError(f"loss: {loss!r} is not known; give 'kl', None for cross-entropy, {OWN}")
+    for batch in batches:
+        t = batch.targets
+        if not isinstance(t, Tensor) or t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+            kind = f"{t.dtype} tensor" if isinstance(t, Tensor) else type(t).__name__
+            raise SmpqError(
+                f"loss: the targets are of type {kind}, and cross-entropy needs integers; give loss='kl', "
+                "loss=torch.nn.functional.mse_loss for a regression, " + OWN
+            )
+    return cross_entropy
+
+
+def identity(loss: Any) -> str:
+    """What tells this loss from another: its name, source (or bytecode), and the plain values it was bound to."""
+    if isinstance(loss, functools.partial):
+        return f"partial({identity(loss.func)}, {_plain(loss.args)}, {_plain(loss.keywords)})"
+    if isinstance(loss, nn.Module):
+        state = [(name, value.tolist()) for name, value in loss.state_dict().items()]
+        return f"{type(loss).__module__}.{loss!r} {state}"
+    if inspect.ismethod(loss):
+        return f"{identity(loss.__func__)} of {_plain(vars(loss.__self__)) if hasattr(loss.__self__, '__dict__') else ''}"
+    if not inspect.isroutine(loss):
+        return f"{type(loss).__module__}.{type(loss).__qualname__} {_plain(getattr(loss, '__dict__', None))}"
+    name = f"{loss.__module__}.{loss.__qualname__}"
+    code = getattr(loss, "__code__", None)
+    if code is None:
+        return name
+    try:
+        text = inspect.getsource(loss)
+    except (OSError, TypeError):
+        text = f"{code.co_code.hex()} {_plain(code.co_consts)} {code.co_names}"
+    cells = [cell.cell_contents for cell in loss.__closure__ or ()]
+    return f"{name}\n{text}\n{_plain(cells)}{_plain(loss.__defaults__)}{_plain(loss.__kwdefaults__)}"
+
+
+def _plain(value: Any) -> str:
+    """repr, without the address of an object, which would change from run to run."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_plain(k)}: {_plain(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "(" + ", ".join(map(_plain, value)) + ")"
+    if isinstance(value, Tensor):
+        return f"tensor({value.tolist()})"
+    if inspect.isroutine(value):
+        return identity(value)
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return repr(value)
+    return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -1,0 +1,175 @@
+"""The calibration samples: batches of (inputs, targets), cut into pieces for the forward and parts for the loss."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from smpq_ext.core import SmpqError
+
+GROUPS = 8
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`size` samples: every tensor of the inputs whose first dimension is `size` holds one entry per sample."""
+
+    inputs: Any  # a tensor, or a tuple, list or dict of tensors
+    targets: Any
+    size: int
+
+    def rows(self, n: int, start: int, stop: int) -> Any:
+        """The inputs of samples [start, stop), n times over: [n * samples, ...]."""
+
+        def fold(leaf: Any) -> Any:
+            if not self._per_sample(leaf):
+                return leaf
+            part = leaf[start:stop]
+            return part if n == 1 else part.repeat(n, *[1] * (part.dim() - 1))
+
+        return tree_map(fold, self.inputs)
+
+    def take(self, index: Tensor) -> Batch:
+        """The samples at these sorted indices, int64 [k]."""
+
+        def pick(leaf: Any) -> Any:
+            if self._per_sample(leaf):
+                return leaf[index.to(leaf.device)]
+            if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] % self.size == 0:
+                return leaf.unflatten(0, (self.size, -1))[index.to(leaf.device)].flatten(0, 1)
+            return leaf
+
+        inputs = tree_map(lambda leaf: pick(leaf) if self._per_sample(leaf) else leaf, self.inputs)
+        return Batch(inputs, tree_map(pick, self.targets), len(index))
+
+    def _per_sample(self, leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == self.size
+
+
+def read(data: Iterable[tuple[Any, Any]], device: torch.device) -> tuple[Batch, ...]:
+    """The batches of `data` on `device`. Raises SmpqError where an item is no pair, or holds no batched tensor."""
+    batches = []
+    remedy = "give an iterable of (inputs, targets), inputs being a tensor, or a tuple, list or dict of tensors"
+    if isinstance(data, Tensor | Mapping) or not isinstance(data, Iterable):
+        raise SmpqError(f"data: a {type(data).__name__} is no iterable of batches; {remedy}")
+    with torch.random.fork_rng(_cuda(device)):  # a shuffling loader draws from the user's generator
+        items = list(data)
+    for k, item in enumerate(items):
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            raise SmpqError(f"data: item {k} is a {type(item).__name__}, not a pair; {remedy}")
+        inputs, targets = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, tuple(item))
+        tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
+        if not tensors or not tensors[0].shape[0]:
+            raise SmpqError(f"data: the inputs of item {k} hold no tensor with a batch dimension; {remedy}")
+        batches.append(Batch(inputs, targets, tensors[0].shape[0]))
+    if not batches:
+        raise SmpqError(f"data: it is empty; {remedy}")
+    return tuple(batches)
+
+
+def concatenate(batches: tuple[Batch, ...]) -> Batch:
+    """All batches as one. Raises SmpqError where their shapes do not allow it."""
+    if len(batches) == 1:
+        return batches[0]
+    remedy = "give batches of equal shapes (the batch size may differ), or renormalize=False"
+
+    def join(name: str, trees: list[Any]) -> Any:
+        flat = [tree_flatten(tree) for tree in trees]
+        leaves = []
+        if any(spec != flat[0][1] for _, spec in flat):
+            raise SmpqError(f"data: the {name} differ in structure between batches, but statistics over all samples need one batch; {remedy}")
+        for column in zip(*[leaves for leaves, _ in flat], strict=True):
+            if all(isinstance(x, Tensor) for x in column):
+                batched = all(x.dim() and x.shape[0] % b.size == 0 for x, b in zip(column, batches, strict=True))
+                if batched and len({x.shape[1:] for x in column}) == 1:
+                    leaves.append(torch.cat(column))
+                    continue
+                if not batched and all(torch.equal(x, column[0]) for x in column):
+                    leaves.append(column[0])
+                    continue
+            elif all(type(x) is type(column[0]) and x == column[0] for x in column):
+                leaves.append(column[0])
+                continue
+            shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in column[:4])
+            raise SmpqError(f"data: the {name} cannot be joined to one batch ({shapes}), but BatchNorm statistics over all samples need that; {remedy}")
+        return tree_unflatten(leaves, flat[0][1])
+
+    inputs = join("inputs", [b.inputs for b in batches])
+    targets = join("targets", [b.targets for b in batches])
+    return Batch(inputs, targets, sum(b.size for b in batches))
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    return model(inputs)
+
+
+def part(tree: Any, count: int, start: int, stop: int) -> Any:
+    """Samples [start, stop) of `count`, of every tensor whose first dimension is a multiple of `count`."""
+
+    def cut(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] % count:
+            return leaf
+        step = leaf.shape[0] // count
+        return leaf[start * step : stop * step]
+
+    return tree if (start, stop) == (0, count) else tree_map(cut, tree)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of samples of one batch: the loss is applied to each part as a whole, whatever the chunks of the forward."""
+
+    batch: int
+    start: int
+    stop: int
+    group: int
+
+
+def parts(batches: tuple[Batch, ...]) -> tuple[tuple[Part, ...], NDArray[np.float64]]:
+    """Every batch split evenly so that there are about 8 groups in all, and the groups' shares of the samples."""
+    per_batch = max(1, round(GROUPS / len(batches)))
+    cuts = []
+    for b, batch in enumerate(batches):
+        # Targets that are not tensors, such as a list of boxes, cannot be cut.
+        whole = batch.targets is not None and not any(
+            isinstance(x, Tensor) and x.dim() and x.shape[0] % batch.size == 0 for x in tree_leaves(batch.targets)
+        )
+        edges = np.linspace(0, batch.size, (1 if whole else min(per_batch, batch.size)) + 1).round().astype(int)
+        cuts += [(b, int(i), int(j)) for i, j in zip(edges, edges[1:], strict=False)]
+    groups = len(cuts) if len(cuts) <= 2 * GROUPS else GROUPS
+    found = tuple(Part(b, i, j, k * groups // len(cuts)) for k, (b, i, j) in enumerate(cuts))
+    share = np.zeros(groups)
+    for p in found:
+        share[p.group] += p.stop - p.start
+    return found, share / share.sum()
+
+
+def digest(trees: Iterable[Any]) -> str:
+    """sha256 of tensors (dtype, shape and bytes) and of the repr of everything else."""
+    sha = hashlib.sha256()
+    for leaf in tree_leaves(list(trees)):
+        if isinstance(leaf, np.ndarray):
+            leaf = torch.from_numpy(leaf)
+        if isinstance(leaf, Tensor):
+            sha.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+            sha.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            sha.update(repr(leaf).encode())
+        sha.update(b"\0")
+    return sha.hexdigest()
+
+
+def _cuda(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []

@@ -1,0 +1,208 @@
+"""The default: single-slot scores, checked near the budget, and as much interaction as the network turns out to have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smpq_ext.core import Answer, Assignments, Attribution, Evaluator, Problem, Values
+from smpq_ext.estimators.leverage import Leverage
+from smpq_ext.games import IntervalGame, Remainder
+from smpq_ext.methods.single import Scores, score_singles, standard_error
+from smpq_ext.solvers.milp import Milp
+from smpq_ext.surrogate import Surrogate, neighbours
+
+__all__ = ["Shapley"]
+
+
+class Shapley:
+    """Adaptive search by Shapley values of the neighbourhood game, with single-slot scores as control variate.
+
+    1. Single-slot damages on all samples, and the solver's plan for their sum.
+    2. The neighbourhood game of that plan (every slot one step below or above it): Shapley values by paired leverage
+       regression of what the scores miss. The same coalitions are measured on samples kept apart; the covariance of
+       the two residuals is the variance that additive scores really miss, free of sampling noise.
+    3. Where they miss nothing beyond the noise, the plan stands. Else the scores are rescaled by the Shapley values
+       and solved again, and a Gaussian process learns from every assignment measured so far and proposes the next
+       ones (Thompson sampling among feasible neighbours of the best).
+    4. A refined plan is kept only if the samples kept apart confirm that it is better.
+
+    The attribution is that of step 2, around the single-slot plan.
+    """
+
+    holdout = True
+
+    def __init__(self, patience: float = 0.35, finalists: int = 8) -> None:
+        self.patience = patience  # share of the refinement's evaluations without progress after which it stops
+        self.finalists = finalists
+
+    def allocate(self, problem: Problem) -> Answer:
+        assert problem.holdout is not None
+        search, apart = problem.evaluator, problem.holdout
+        solve = Milp()
+        on_search, on_apart = score_singles(problem, search), score_singles(problem, apart)
+        scores = _combine(on_search, on_apart)
+        spent = 2 * (1 + int(np.isfinite(scores.damage).sum()) - len(problem.space.slots))
+        plan = solve(scores.damage, problem.budget)
+
+        low = np.maximum(plan - 1, 0).astype(np.int8)
+        high = np.minimum(plan + 1, problem.space.highest()).astype(np.int8)
+        players = int((low != high).sum())
+        rounds = min(3 * players, (problem.evaluations - spent) // 2 - 1)
+        if players < 2 or rounds < min(2 * players, 2 ** (players - 1)):
+            return _answer(plan, scores, "too few evaluations to look beyond single slots")
+        near = _Neighbourhood(problem, scores, low, high, 2 * rounds)
+        spent += near.game.spent
+        probes = near.rows[2 : 2 + min(64, (problem.evaluations - spent) // 2)]
+        missed = _missed(near, probes, apart, on_search, on_apart)
+        spent += len(probes)
+        attribution = near.attribution
+        trace = tuple(zip(scores.predict(near.rows).tolist(), (-near.values).tolist(), strict=True))
+        found = f"additive scores miss {100 * missed.share:.1f} ± {100 * missed.error:.1f} % of the variance near the budget"
+        if missed.share < 2 * missed.error or missed.share < 0.01:
+            return _answer(plan, scores, f"additive within noise: {found}", attribution, trace)
+
+        rescaled = scores.damage * near.ratio[:, None]
+        starts = np.unique(np.stack([plan, solve(rescaled, problem.budget)]), axis=0)
+        room = problem.evaluations - spent - 2 * (self.finalists + 1)
+        rows, losses = self._refine(problem, on_search, near, starts, room)
+        best = rows[np.argsort(losses, kind="stable")]
+        best = best[problem.budget.feasible(best)][: self.finalists]
+        chosen, verdict = _confirm(plan, best, search, apart)
+        return _answer(chosen, scores, f"{found}; {verdict}", attribution, trace)
+
+    def _refine(
+        self, problem: Problem, scores: Scores, near: _Neighbourhood, starts: Assignments, room: int
+    ) -> tuple[Assignments, Values]:
+        """Measure ever better assignments; returns all that were measured, [n, slots], with their losses [n]."""
+        search, rng = problem.evaluator, problem.rng(3)
+        surrogate = Surrogate(problem.space, scores.predict, scores.base)
+        rows = np.concatenate([starts, near.rows])
+        losses = -np.concatenate([search(starts), near.values])
+        used, last_progress = len(starts), 0
+        while used < room and used - last_progress < max(64, self.patience * room):
+            feasible = problem.budget.feasible(rows)
+            incumbents = rows[feasible][np.argsort(losses[feasible], kind="stable")[:6]]
+            pool = neighbours(incumbents, problem.space, problem.budget, 1200, rng)
+            known = {row.tobytes() for row in rows}
+            pool = pool[[row.tobytes() not in known for row in pool]]
+            if not len(pool):
+                break
+            surrogate.fit(rows, losses)
+            draws = surrogate.sample(pool, min(search.rows_per_batch, room - used), rng)
+            chosen = pool[np.unique(draws.argmin(axis=1))]
+            measured = -search(chosen)
+            used += len(chosen)
+            if measured.min() < losses[feasible].min():
+                last_progress = used
+            rows, losses = np.concatenate([rows, chosen]), np.concatenate([losses, measured])
+            problem.progress("refinement", used, room)
+        return rows, losses
+
+
+class _Neighbourhood:
+    """The neighbourhood game, played: Shapley values, and every assignment that was asked with its value."""
+
+    def __init__(self, problem: Problem, scores: Scores, low: Assignments, high: Assignments, budget: int) -> None:
+        self.game = IntervalGame(problem.evaluator, low, high)
+        slots = self.game.slots
+        gain = scores.damage[slots, low[slots]] - scores.damage[slots, high[slots]]
+        asked: list[Assignments] = []
+        answers: list[Values] = []
+        remainder = Remainder(_Recorder(self.game, asked, answers), gain)
+        for step in Leverage().steps(remainder, budget, problem.rng(2)):
+            part = step
+            problem.progress("neighbourhood game", step.evaluations, budget)
+        self.rows = np.concatenate(asked)
+        self.values = np.concatenate(answers)
+        total = len(problem.space.slots)
+        values, errors = np.zeros(total), np.zeros(total)
+        values[slots], errors[slots] = part.values + gain, part.standard_errors
+        self.attribution = Attribution(values, errors, part.evaluations)
+        # What a slot is worth here, in units of its single-slot score; shrunk towards 1 by its standard error.
+        self.ratio = np.ones(total)
+        measured = np.maximum(gain, 1e-12)
+        weight = measured**2 / (measured**2 + part.standard_errors**2)
+        self.ratio[slots] = np.clip(1 + weight * part.values / measured, 0.2, 5.0)
+
+
+class _Recorder:
+    """A game that keeps what it was asked."""
+
+    def __init__(self, game: IntervalGame, asked: list[Assignments], answers: list[Values]) -> None:
+        self.game, self.asked, self.answers = game, asked, answers
+        self.players = game.players
+
+    @property
+    def spent(self) -> int:
+        return self.game.spent
+
+    def __call__(self, coalitions: NDArray[np.bool_]) -> Values:
+        values = self.game(coalitions)
+        self.asked.append(self.game.assignments(coalitions))
+        self.answers.append(values)
+        return values
+
+
+@dataclass(frozen=True)
+class _Missed:
+    share: float
+    error: float
+
+
+def _missed(
+    near: _Neighbourhood, rows: Assignments, apart: Evaluator, on_search: Scores, on_apart: Scores
+) -> _Missed:
+    """Share of the variance of the loss near the budget that a line through the additive prediction leaves unexplained.
+
+    Both factors of the covariance come from different samples, so the noise of neither enters its mean.
+    """
+    searched = -near.values[2 : 2 + len(rows)]
+    held = -apart(rows)
+    residuals = []
+    for measured, scores in ((searched, on_search), (held, on_apart)):
+        line = np.stack([np.ones(len(rows)), scores.predict(rows)], axis=1)
+        residuals.append(measured - line @ np.linalg.lstsq(line, measured, rcond=None)[0])
+    products = residuals[0] * residuals[1]
+    total = float(np.cov(searched, held)[0, 1]) + 1e-300
+    return _Missed(float(products.mean()) / total, float(products.std(ddof=1)) / np.sqrt(len(rows)) / total)
+
+
+def _combine(a: Scores, b: Scores) -> Scores:
+    """Scores on the samples of both parts, weighted by their precision where it is known, else evenly."""
+    share = 0.75
+    return Scores(
+        share * a.damage + (1 - share) * b.damage,
+        np.hypot(share * a.errors, (1 - share) * b.errors),
+        share * a.base + (1 - share) * b.base,
+    )
+
+
+def _confirm(
+    plan: Assignments, finalists: Assignments, search: Evaluator, apart: Evaluator
+) -> tuple[Assignments, str]:
+    """The best finalist on all samples, if those kept apart say that it beats the plan; else the plan."""
+    rows = np.concatenate([plan[None], finalists])
+    on_search, on_apart = -search(rows), -apart.by_group(rows)
+    held = on_apart @ apart.groups
+    best = 1 + int(np.argmin(0.5 * on_search[1:] + 0.5 * held[1:]))
+    error = standard_error(on_apart[best] - on_apart[0], apart.groups)
+    difference = held[best] - held[0]
+    said = f"loss {difference:+.4f} ± {error:.4f} on samples kept apart"
+    if difference < -error and on_search[best] < on_search[0]:
+        return rows[best], f"a refined plan is confirmed, {said}"
+    return plan, f"no refined plan was confirmed, best {said}"
+
+
+def _answer(
+    plan: Assignments,
+    scores: Scores,
+    finding: str,
+    attribution: Attribution | None = None,
+    trace: tuple[tuple[float, float], ...] = (),
+) -> Answer:
+    return Answer(
+        plan, scores.damage, scores.errors, float(scores.predict(plan)[0]), attribution, trace, finding
+    )
