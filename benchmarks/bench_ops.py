@@ -1,4 +1,4 @@
-"""The ops beside a copy of the same bytes and beside torch's own ops, on tensors that no cache holds.
+"""The ops beside a copy of the same bytes and beside torch's own ops; what a call reads and writes fits no cache.
 
 All sides take turns; milliseconds are medians; GB/s counts every byte read or written once. torch's ops get a float
 zero point and run without gradients. "of clone" is the share of torch.clone's bandwidth that the op reaches, "of copy_"
@@ -167,8 +167,8 @@ def test_op(  # noqa: PLR0917
 
     ours, torch_time = times["ours"], times["torch"]
     of_clone = times["clone"] / ours if "clone" in times else None
-    wanted = {"clone": (of_clone, comparison.of_clone), "torch": (torch_time / ours, comparison.vs_torch)}
-    wanted = {other: (ratio, least) for other, (ratio, least) in wanted.items() if least is not None}
+    ratios = {"clone": (of_clone, comparison.of_clone), "torch": (torch_time / ours, comparison.vs_torch)}
+    wanted = {other: (ratio, least) for other, (ratio, least) in ratios.items() if ratio and least}
     row = {
         "op": name,
         "dtype": str(dtype).removeprefix("torch."),

@@ -30,6 +30,7 @@ def facts() -> dict[str, Any]:
         "command": shlex.join([Path(sys.orig_argv[0]).name, *map(_short, sys.orig_argv[1:])]),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load_average": os.getloadavg()[0],  # of the last minute: other jobs show here, and so does this one
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -77,12 +78,13 @@ def _short(argument: str) -> str:
 
 
 def _processor() -> str:
-    """The model and, where the model name does not say it, family and model number."""
+    """Model name, family and model number: a virtual machine often tells only the maker's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    known = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
+    pairs = (line.split(":", 1) for line in lines if ":" in line)
+    known = {key.strip(): value.strip() for key, value in pairs}
     name = known.get("model name", platform.machine())
     return f"{name} (family {known['cpu family']}, model {known['model']})" if "cpu family" in known else name
 

@@ -56,10 +56,9 @@ class ResNet20(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        for stage, inputs, outputs in (1, 16, 16), (2, 16, 32), (3, 32, 64):
-            first = BasicBlock(inputs, outputs, 1 if stage == 1 else 2, option)
-            others = [BasicBlock(outputs, outputs, 1, option) for _ in range(2)]
-            self.add_module(f"layer{stage}", nn.Sequential(first, *others))
+        self.layer1 = self._stage(16, 16, option)
+        self.layer2 = self._stage(16, 32, option)
+        self.layer3 = self._stage(32, 64, option)
         self.head = "linear" if option == "A" else "fc"
         self.add_module(self.head, nn.Linear(64, 10))
 
@@ -67,6 +66,11 @@ class ResNet20(nn.Module):
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return getattr(self, self.head)(x.mean((2, 3)))
+
+    @staticmethod
+    def _stage(inputs: int, outputs: int, option: str) -> nn.Sequential:
+        first = BasicBlock(inputs, outputs, outputs // inputs, option)
+        return nn.Sequential(first, *(BasicBlock(outputs, outputs, 1, option) for _ in range(2)))
 
 
 class ConvNorm(nn.Module):
@@ -161,6 +165,9 @@ class Llama(nn.Module):
 
     ids: int64 [n, tokens], at most 512 tokens; returns logits [n, tokens, vocabulary].
     """
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, layers: int = 5) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -30,16 +31,18 @@ def interleaved(sides: Mapping[str, Callable[[], object]], rounds: int = 15, war
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def keep_freed_memory() -> None:
+@functools.cache
+def keep_freed_memory(mib: int = 1024) -> None:
     """Let glibc reuse freed memory instead of returning it, so that no side of a comparison pays for page faults.
 
-    These would cost about as much as the copy of a large tensor, and hide what a kernel itself does. Lasts for the
-    whole process; does nothing where the C library has no mallopt.
+    These cost about as much as the copy of a large tensor, and hide what a kernel itself does. The first `mib` are
+    faulted in at once. Lasts for the whole process; does nothing where the C library has no mallopt.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-4, 0)  # M_MMAP_MAX: never a mapping of its own
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give the top of the heap back
+        torch.ones(mib << 20, dtype=torch.uint8)
 
 
 def _synchronize() -> None:

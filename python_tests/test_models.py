@@ -64,6 +64,11 @@ def test_llama(last: int, tokens: int, expected: float) -> None:
 
 
 @needs_data
+def test_experiment_stories() -> None:
+    assert [len(targets) for _, targets in data.experiment_stories()] == [38, 149]
+
+
+@needs_data
 def test_stories_are_shifted_and_padded() -> None:
     inputs, targets = data.stories(0, 20, 192)
     assert inputs.shape == targets.shape == (20, 191)

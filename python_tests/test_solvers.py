@@ -75,3 +75,13 @@ def test_dp_and_milp_agree_on_damages_of_very_different_sizes():
         budget = Budget((Limit("w", "bits", float(np.median(cost, axis=1).sum()), cost),))
         one, two = (damage(table, s(table, budget)[None])[0] for s in (Dp(), Milp()))
         assert one == pytest.approx(two, rel=1e-9)
+
+
+@pytest.mark.parametrize("solver", [Dp(), Milp()])
+def test_a_limit_just_missed_by_very_many_assignments_is_kept(solver):
+    # thousands of assignments have exactly 3 bits on average, which is more than 2.9999999
+    table = np.tile([1.0, 0.5, 0.2], (20, 1)) * np.linspace(1, 2, 20)[:, None]
+    budget = Budget((limit("weight-bits", 2.9999999, np.tile([0.1, 0.15, 0.2], (20, 1))),))
+    found = solver(table, budget)
+    assert budget.limits[0].cost(found)[0] == pytest.approx(2.95)
+    assert damage(table, found[None])[0] == pytest.approx(damage(table, Dp()(table, budget)[None])[0])

@@ -55,7 +55,7 @@ def _swap(model: nn.Module, pairs: Iterable[tuple[type, type]]) -> nn.Module:
     return model
 
 
-# --- the functions -----------------------------------------------------------------------------------------------------
+# --- the functions ---------------------------------------------------------------------------------------------------
 
 
 def _per_tensor(
@@ -66,15 +66,13 @@ def _per_tensor(
         # An integer tensor may be out of range here, and a floating one is truncated: torch's words.
         fits = scale.numel() == zero_point.numel() == 1 and not zero_point.is_floating_point()
     else:
-        fits = isinstance(scale, float) and isinstance(zero_point, int) and quant_min <= zero_point <= quant_max
+        fits = isinstance(scale, float | int) and isinstance(zero_point, int) and quant_min <= zero_point <= quant_max
     if not fits or not _covered(input, scale, quant_min, quant_max):
-        return torch.fake_quantize_per_tensor_affine(input, scale, zero_point, quant_min, quant_max)
+        return torch.fake_quantize_per_tensor_affine(input, scale, zero_point, quant_min, quant_max)  # type: ignore[arg-type]
     return _fake_quantize(input, scale, zero_point, quant_min, quant_max)
 
 
-def _per_channel(
-    input: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int
-) -> Tensor:
+def _per_channel(input: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int) -> Tensor:
     """torch.fake_quantize_per_channel_affine."""
     fits = (
         0 <= axis < input.dim()
@@ -111,7 +109,7 @@ def _fused(
         return torch.fused_moving_avg_obs_fake_quant(input, *state, *settings)
     if torch.compiler.is_compiling() and per_row_fake_quant and running_min.numel() == 0:
         return _fused_eager(input, *state, *settings)  # the first call resizes the state, which no graph can
-    # torch's op sees its input through the extremes alone, so two numbers a row update the state just as the input would.
+    # torch's op sees its input through the extremes alone: two numbers a row update the state as the input would.
     if torch.compiler.is_compiling() or _is_on(observer_on):
         x = input.detach()
         lowest, highest = torch.aminmax(x.flatten(1), dim=1) if per_row_fake_quant else torch.aminmax(x)
@@ -159,7 +157,8 @@ def _within(zero_point: Tensor, quant_min: int, quant_max: int) -> bool:
     """torch's check of integer zero points, where it neither waits for a device nor breaks a graph."""
     if zero_point.is_floating_point() or not zero_point.is_cpu or torch.compiler.is_compiling():
         return True
-    return quant_min <= int(zero_point.min()) and int(zero_point.max()) <= quant_max
+    lowest, highest = zero_point.aminmax()
+    return quant_min <= int(lowest) and int(highest) <= quant_max
 
 
 _read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -190,14 +189,14 @@ class _Patched(TorchFunctionMode):
         return _FUNCTIONS.get(func, func)(*args, **(kwargs or {}))
 
 
-# --- the modules -------------------------------------------------------------------------------------------------------
+# --- the modules -----------------------------------------------------------------------------------------------------
 
 
 class FakeQuantize(ao.FakeQuantize):
     """torch.ao's FakeQuantize with our kernels."""
 
     @torch.compiler.disable  # as torch's own: observers branch on values
-    def forward(self, X: Tensor) -> Tensor:
+    def forward(self, X: Tensor) -> Tensor:  # noqa: N803
         if self.observer_enabled:
             self.activation_post_process(X.detach())
             scale, zero_point = self.calculate_qparams()
@@ -210,9 +209,7 @@ class FakeQuantize(ao.FakeQuantize):
             return X
         observer = self.activation_post_process
         if self.is_per_channel:
-            return _per_channel(
-                X, self.scale, self.zero_point, self.ch_axis, observer.quant_min, observer.quant_max
-            )
+            return _per_channel(X, self.scale, self.zero_point, self.ch_axis, observer.quant_min, observer.quant_max)
         return _per_tensor(X, self.scale, self.zero_point, observer.quant_min, observer.quant_max)
 
 
@@ -223,7 +220,7 @@ class FixedQParamsFakeQuantize(FakeQuantize, ao.FixedQParamsFakeQuantize):
 class FusedMovingAvgObsFakeQuantize(ao.FusedMovingAvgObsFakeQuantize):
     """torch.ao's FusedMovingAvgObsFakeQuantize with our kernels."""
 
-    def forward(self, X: Tensor) -> Tensor:
+    def forward(self, X: Tensor) -> Tensor:  # noqa: N803
         observer = self.activation_post_process
         return _fused(
             X,

@@ -144,6 +144,8 @@ def coalition_fake_quantize_list(
 
     Raises RuntimeError for shapes, dtypes or devices that do not fit.
     """
+    if not x:
+        return []
     return list(
         _smpq.coalition_fake_quantize_list(
             list(x), list(scale), list(zero_point), list(quant_min), list(quant_max), list(mixtures), axis

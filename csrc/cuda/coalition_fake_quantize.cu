@@ -22,7 +22,7 @@ constexpr int kCached = 8;   // candidates whose values are kept
 template <class C>
 constexpr int kWidth = static_cast<int>(16 / sizeof(C));  // elements of a thread: 16 bytes when computed with
 template <class C>
-constexpr int kTile = kThreads* kWidth<C>;
+constexpr int kTile = kThreads * kWidth<C>;
 
 template <class C>
 struct Staged {
@@ -41,7 +41,8 @@ struct Shared {
 template <class C>
 int64_t shared_bytes(int64_t candidates) {
   const int64_t cached = candidates < kCached ? candidates : kCached;
-  return static_cast<int64_t>(sizeof(Shared<C>)) - (kCached - cached) * static_cast<int64_t>(sizeof(Value<C>)) * kThreads;
+  return static_cast<int64_t>(sizeof(Shared<C>)) -
+         (kCached - cached) * static_cast<int64_t>(sizeof(Value<C>)) * kThreads;
 }
 
 // A tensor and what the host knows about it.
@@ -141,7 +142,8 @@ __global__ void __launch_bounds__(kThreads) coalition(const __grid_constant__ Ta
     staged.weight[r][lane] = weight;
     if (lane == 0) {
       staged.used[r] = used;
-      // A parent that x does not hold gives NaN: on the host that would be an error, at the price of waiting for the device.
+      // A parent that x does not hold gives NaN: on the host that would be an error, at the price of waiting for the
+      // device.
       const int64_t parent = a.parent ? a.parent[first_row + r] : 0;
       staged.parent[r] = parent >= 0 && parent < a.parents ? parent : -1;
     }
@@ -198,8 +200,7 @@ __global__ void __launch_bounds__(kThreads) coalition(const __grid_constant__ Ta
 
     Pack<T, N> out;
 #pragma unroll
-    for (int k = 0; k < N; ++k)
-      out.item[k] = Convert<T>::from(staged.parent[r] < 0 ? C(NAN) : empty ? C(0) : sum[k]);
+    for (int k = 0; k < N; ++k) out.item[k] = Convert<T>::from(staged.parent[r] < 0 ? C(NAN) : empty ? C(0) : sum[k]);
     mine.store(first_row + r, out);
   }
 }

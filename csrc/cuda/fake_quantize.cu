@@ -1,10 +1,12 @@
 // fake_quantize and its gradient: bound by memory, 8 bytes an element in fp32 (12 for the gradient).
 //
 // Two mappings of threads to elements, each for the forward and the straight-through gradient:
-//   flat      a block takes a tile of neighbouring elements. Most tiles lie in one channel's run (always so per tensor);
+//   flat      a block takes a tile of neighbouring elements. Most tiles lie in one channel's run (always so per
+//   tensor);
 //             then the grid is read once per thread and tile. Else each vector reads the grid of its first element, and
 //             of the next channel where it crosses into one.
-//   periodic  short runs (channels last): a thread strides over the tensor by a multiple of the period channels * inner,
+//   periodic  short runs (channels last): a thread strides over the tensor by a multiple of the period channels *
+//   inner,
 //             so that its elements keep their channels, and the grids stay in registers.
 // The LSQ sums have a third one, by pieces (pieces.cuh).
 #include "pieces.cuh"
@@ -57,7 +59,7 @@ __device__ __forceinline__ Grid<C> choose(bool first, const Grid<C>& a, const Gr
 
 constexpr int kPacks = 4;  // independent loads in flight per thread
 template <bool kWide, class T>
-constexpr int kTile = kThreads* kPacks*(kWide ? kLanes<T> : 2);
+constexpr int kTile = kThreads * kPacks * (kWide ? kLanes<T> : 2);
 
 // kWide: all pointers are 16-byte aligned and inner >= kLanes, so that a vector meets at most two channels.
 template <bool kBackward, bool kWide, class T, class C, class Z>
@@ -96,8 +98,9 @@ __global__ void __launch_bounds__(kThreads) flat(const Operands<T, C, Z> a) {
     if (at >= a.elements) break;
     const int64_t position = start + (at - tile);  // counted from the start of the tile's first run
     // Below two tiles the division fits 32 bits, several times cheaper; above, the tile meets two runs at most.
-    const int64_t crossed = a.inner > kTile<kWide, T> ? position >= a.inner
-                                               : static_cast<uint32_t>(position) / static_cast<uint32_t>(a.inner);
+    const int64_t crossed = a.inner > kTile<kWide, T>
+                                ? position >= a.inner
+                                : static_cast<uint32_t>(position) / static_cast<uint32_t>(a.inner);
     int64_t here = channel + crossed;
     if (here >= a.channels) here %= a.channels;
     const int64_t left = (crossed + 1) * a.inner - position;  // elements up to the next channel
@@ -117,8 +120,8 @@ __global__ void __launch_bounds__(kThreads) flat(const Operands<T, C, Z> a) {
 
 // `columns` vectors make a period (or a few, if a period is not a multiple of N), `stride` is a multiple of it.
 template <bool kBackward, bool kWide, class T, class C, class Z>
-__global__ void __launch_bounds__(kThreads) periodic(const Operands<T, C, Z> a, const int64_t columns,
-                                                     const int64_t stride) {
+__global__ void __launch_bounds__(kThreads)
+    periodic(const Operands<T, C, Z> a, const int64_t columns, const int64_t stride) {
   constexpr int N = kWide ? kLanes<T> : 1;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (first >= stride) return;
@@ -154,11 +157,12 @@ void run(const char* name, const Operands<T, C, Z>& a, int64_t outer, void* stre
     const int64_t columns = period % N == 0 ? period / N : period;
     const int64_t packs = (a.elements + N - 1) / N;
     // Enough threads to fill the device, but so few that each finds work for its grids.
-    const int64_t resident = device_attribute(cudaDevAttrMultiProcessorCount) *
-                             device_attribute(cudaDevAttrMaxThreadsPerMultiProcessor);
+    const int64_t resident =
+        device_attribute(cudaDevAttrMultiProcessorCount) * device_attribute(cudaDevAttrMaxThreadsPerMultiProcessor);
     const int64_t wanted = resident < packs / kPacks ? resident : packs / kPacks;
     const int64_t stride = (wanted / columns + 1) * columns;
-    launch(name, periodic<kBackward, kWide, T, C, Z>, (stride + kThreads - 1) / kThreads, 0, stream, a, columns, stride);
+    launch(name, periodic<kBackward, kWide, T, C, Z>, (stride + kThreads - 1) / kThreads, 0, stream, a, columns,
+           stride);
     return;
   }
   if constexpr (kWide) {
@@ -172,8 +176,8 @@ void run(const char* name, const Operands<T, C, Z>& a, int64_t outer, void* stre
 }
 
 template <bool kBlock, bool kWide, class T, class C, class Z>
-__global__ void __launch_bounds__(kThreads) gradient_sums(const Operands<T, C, Z> a, const Pieces pieces,
-                                                          double* const partial) {
+__global__ void __launch_bounds__(kThreads)
+    gradient_sums(const Operands<T, C, Z> a, const Pieces pieces, double* const partial) {
   constexpr int N = kWide ? kLanes<T> : 1;
   const Share share = share_of<kBlock>(pieces);
   double sum[2] = {0, 0};
@@ -229,7 +233,7 @@ void fake_quantize_backward(const FakeQuantizeBackwardArgs<T, C, Z>& args, void*
   launch("fake_quantize_backward", kernel, blocks_of(pieces), sizeof(Sums<2>), stream, a, pieces, args.partial);
 }
 
-#define SMPQ_INSTANTIATE(T, C, Z)                                             \
+#define SMPQ_INSTANTIATE(T, C, Z)                                                \
   template void fake_quantize<T, C, Z>(const FakeQuantizeArgs<T, C, Z>&, void*); \
   template void fake_quantize_backward<T, C, Z>(const FakeQuantizeBackwardArgs<T, C, Z>&, void*);
 SMPQ_FOR_EACH_TYPE(SMPQ_INSTANTIATE)

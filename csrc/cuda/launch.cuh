@@ -68,7 +68,9 @@ struct alignas(N * sizeof(T)) Pack {
 template <class T>
 constexpr int kLanes = static_cast<int>(16 / sizeof(T));
 
-inline bool aligned(const void* pointer, size_t bytes = 16) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+inline bool aligned(const void* pointer, size_t bytes = 16) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
 
 // The first `available` of N elements; the rest is zero.
 template <int N, class T>
@@ -95,8 +97,10 @@ __device__ __forceinline__ void store_pack(T* to, const Pack<T, N>& pack, int64_
 template <class C, class Z>
 __device__ __forceinline__ Grid<C> grid_at(const C* scale, const Z* zero_point, int64_t index, int32_t quant_min,
                                            int32_t quant_max) {
-  Grid<C> grid = make_grid<C>(scale[index], zero_point ? static_cast<C>(zero_point[index]) : C(0), quant_min, quant_max);
-  if constexpr (std::is_integral<Z>::value) grid.exact = true;  // it is; saying so takes the other branch out of the code
+  Grid<C> grid =
+      make_grid<C>(scale[index], zero_point ? static_cast<C>(zero_point[index]) : C(0), quant_min, quant_max);
+  if constexpr (std::is_integral<Z>::value)
+    grid.exact = true;  // it is; saying so takes the other branch out of the code
   return grid;
 }
 

@@ -78,7 +78,8 @@ struct Sums {
   double of_warp[kWarps][N];
 };
 
-// Adds up the sums of a group's threads, in a fixed tree, and calls write(n, total) once for each n. The whole block calls it.
+// Adds up the sums of a group's threads, in a fixed tree, and calls write(n, total) once for each n. The whole block
+// calls it.
 template <bool kBlock, int N, class Write>
 __device__ __forceinline__ void reduce(double (&sum)[N], const Share& s, int group, Sums<N>& shared, Write write) {
   if constexpr (kBlock) group = kWarp;

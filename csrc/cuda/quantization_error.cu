@@ -1,6 +1,7 @@
 // quantization_error: the squared error of every candidate, nothing materialised. x comes from memory once; with more
-// than kCandidates candidates a piece (16 KB in fp32) is read again from the cache. A thread adds up its few squares (32
-// at most, and a few at the ends of a piece) in C, for many GPUs convert to double slowly; the sums of threads in double.
+// than kCandidates candidates a piece (16 KB in fp32) is read again from the cache. A thread adds up its few squares
+// (32 at most, and a few at the ends of a piece) in C, for many GPUs convert to double slowly; the sums of threads in
+// double.
 #include "pieces.cuh"
 
 namespace smpq {

@@ -1,12 +1,13 @@
-// CUDA's launch model on the CPU, for tests: .cu sources that include launch.cuh compile with `g++ -x c++` and run under
-// AddressSanitizer and UBSan, on a machine without a GPU.
+// CUDA's launch model on the CPU, for tests: .cu sources that include launch.cuh compile with `g++ -x c++` and run
+// under AddressSanitizer and UBSan, on a machine without a GPU.
 //
 // Blocks run one after another. The threads of a block are fibers, which run until they meet a barrier or a warp
-// operation. Phases between barriers run the warps forwards and backwards in turn, so that a read that lacks its barrier
-// finds memory that nobody has written yet (0xff, freshly allocated for each block). Reported, as the std::runtime_error of
-// the launch: a thread that ends, or waits elsewhere, while others wait at a barrier or at a warp operation; lanes that
-// name different masks; a shuffle from a lane that takes no part. Left to the sanitizers: all accesses out of bounds,
-// misaligned vectors, undefined integer arithmetic. Not seen: races within a phase, and anything about speed.
+// operation. Phases between barriers run the warps forwards and backwards in turn, so that a read that lacks its
+// barrier finds memory that nobody has written yet (0xff, freshly allocated for each block). Reported, as the
+// std::runtime_error of the launch: a thread that ends, or waits elsewhere, while others wait at a barrier or at a warp
+// operation; lanes that name different masks; a shuffle from a lane that takes no part. Left to the sanitizers: all
+// accesses out of bounds, misaligned vectors, undefined integer arithmetic. Not seen: races within a phase, and
+// anything about speed.
 #pragma once
 
 #include <sys/mman.h>
@@ -37,7 +38,8 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static  // one block runs at a time; prefer dynamic shared memory, whose bounds and contents are checked
+#define __shared__ \
+  static  // one block runs at a time; prefer dynamic shared memory, whose bounds and contents are checked
 
 struct dim3 {
   unsigned x, y, z;
@@ -48,8 +50,8 @@ constexpr int warpSize = 32;
 
 namespace cuda_emulator {
 
-// Saves the callee-saved registers and the stack pointer, and continues at another stack. (swapcontext would make a system
-// call, and AddressSanitizer's version of it forgets the red zones of the stack that it enters.)
+// Saves the callee-saved registers and the stack pointer, and continues at another stack. (swapcontext would make a
+// system call, and AddressSanitizer's version of it forgets the red zones of the stack that it enters.)
 #if !defined(__x86_64__)
 #error "cuda_emulator.h switches stacks in x86-64 assembly"
 #endif
@@ -251,7 +253,8 @@ class Block {
     if (!waits) return false;
     for (Fiber* f : fibers_) {
       if (f->state == State::done)
-        throw std::runtime_error("barrier divergence: thread " + std::to_string(f->thread) + " has ended" + where(*waits));
+        throw std::runtime_error("barrier divergence: thread " + std::to_string(f->thread) + " has ended" +
+                                 where(*waits));
       if (f->place.line != waits->place.line || strcmp(f->place.file, waits->place.file) != 0)
         throw std::runtime_error("barrier divergence:" + where(*f) + where(*waits));
     }
@@ -322,12 +325,14 @@ T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = 32, SMPQ_
 template <class T>
 T __shfl_up_sync(uint32_t mask, T value, unsigned delta, int width = 32, SMPQ_EMULATOR_PLACE) {
   const unsigned lane = cuda_emulator::lane_id();
-  return cuda_emulator::exchange(mask, value, lane % width >= delta ? lane - delta : lane, "__shfl_up_sync", {file, line});
+  return cuda_emulator::exchange(mask, value, lane % width >= delta ? lane - delta : lane, "__shfl_up_sync",
+                                 {file, line});
 }
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int lanes, int width = 32, SMPQ_EMULATOR_PLACE) {
   const unsigned lane = cuda_emulator::lane_id(), from = lane ^ static_cast<unsigned>(lanes);
-  return cuda_emulator::exchange(mask, value, from / width == lane / width ? from : lane, "__shfl_xor_sync", {file, line});
+  return cuda_emulator::exchange(mask, value, from / width == lane / width ? from : lane, "__shfl_xor_sync",
+                                 {file, line});
 }
 inline uint32_t __ballot_sync(uint32_t mask, bool predicate, SMPQ_EMULATOR_PLACE) {
   cuda_emulator::Block& block = *cuda_emulator::Block::current;
@@ -355,7 +360,11 @@ T atomicAdd(T* p, T v) {
 
 // The part of the runtime that launches need.
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
-enum cudaDeviceAttr { cudaDevAttrMaxThreadsPerBlock, cudaDevAttrMultiProcessorCount, cudaDevAttrMaxThreadsPerMultiProcessor };
+enum cudaDeviceAttr {
+  cudaDevAttrMaxThreadsPerBlock,
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxThreadsPerMultiProcessor
+};
 using cudaStream_t = struct CUstream_st*;
 struct cudaLaunchAttribute {};
 struct cudaLaunchConfig_t {
@@ -368,7 +377,9 @@ struct cudaLaunchConfig_t {
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t e) {
-  return e == cudaSuccess ? "no error" : e == cudaErrorInvalidValue ? "invalid argument" : "invalid configuration argument";
+  return e == cudaSuccess             ? "no error"
+         : e == cudaErrorInvalidValue ? "invalid argument"
+                                      : "invalid configuration argument";
 }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
@@ -381,7 +392,8 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
   const dim3 grid = config->gridDim, block = config->blockDim;
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
   if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 || !threads ||

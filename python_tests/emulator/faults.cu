@@ -51,8 +51,12 @@ __global__ void signed_overflow(const float* x, float* y) {
   const int big = static_cast<int>(x[threadIdx.x]) + 0x7fffffff;
   y[threadIdx.x] = static_cast<float>(big);
 }
-__global__ void shift_too_far(const float* x, float* y) { y[threadIdx.x] = static_cast<float>(1 << static_cast<int>(x[threadIdx.x])); }
-__global__ void float_to_int_overflow(const float* x, float* y) { y[threadIdx.x] = static_cast<int>(x[threadIdx.x] * 1e20f); }
+__global__ void shift_too_far(const float* x, float* y) {
+  y[threadIdx.x] = static_cast<float>(1 << static_cast<int>(x[threadIdx.x]));
+}
+__global__ void float_to_int_overflow(const float* x, float* y) {
+  y[threadIdx.x] = static_cast<int>(x[threadIdx.x] * 1e20f);
+}
 __global__ void exit_before_barrier(const float* x, float* y) {
   if (threadIdx.x == 77) return;
   __syncthreads();
@@ -85,13 +89,27 @@ __global__ void source_outside_mask(const float* x, float* y) {
 
 int main(int, char** argv) {
   using Kernel = void (*)(const float*, float*);
-#define KERNEL(name) {#name, name}
-  const std::map<std::string, Kernel> kernels{
-      KERNEL(reverse),           KERNEL(missing_barrier),      KERNEL(rotate_in_warp),       KERNEL(write_out_of_bounds),
-      KERNEL(read_out_of_bounds), KERNEL(shared_out_of_bounds), KERNEL(stack_out_of_bounds), KERNEL(misaligned_vector),
-      KERNEL(signed_overflow),   KERNEL(shift_too_far),        KERNEL(float_to_int_overflow), KERNEL(exit_before_barrier),
-      KERNEL(different_barriers), KERNEL(exit_before_shuffle), KERNEL(shuffle_against_barrier), KERNEL(different_masks),
-      KERNEL(source_outside_mask)};
+#define KERNEL(name) \
+  {                  \
+    #name, name      \
+  }
+  const std::map<std::string, Kernel> kernels{KERNEL(reverse),
+                                              KERNEL(missing_barrier),
+                                              KERNEL(rotate_in_warp),
+                                              KERNEL(write_out_of_bounds),
+                                              KERNEL(read_out_of_bounds),
+                                              KERNEL(shared_out_of_bounds),
+                                              KERNEL(stack_out_of_bounds),
+                                              KERNEL(misaligned_vector),
+                                              KERNEL(signed_overflow),
+                                              KERNEL(shift_too_far),
+                                              KERNEL(float_to_int_overflow),
+                                              KERNEL(exit_before_barrier),
+                                              KERNEL(different_barriers),
+                                              KERNEL(exit_before_shuffle),
+                                              KERNEL(shuffle_against_barrier),
+                                              KERNEL(different_masks),
+                                              KERNEL(source_outside_mask)};
   const std::string name = argv[1];
   std::vector<float> x(kThreads), y(kThreads, -1);
   for (int i = 0; i < kThreads; ++i) x[i] = static_cast<float>(i);

@@ -95,11 +95,11 @@ class TorchEvaluator:
         self.layers: dict[str, nn.Module] = {layer.name: model.get_submodule(layer.name) for layer in layers}
         self.space = _space(layers, weight_bits, activation_widths, fixed)
         self.slots = tuple(slot.name for slot in self.space.slots)
-        self._grids = _calibrate(layers, self.space, seen, calibrate)
+        self.slot_grids = _calibrate(layers, self.space, seen, calibrate)
         self.grids: dict[str, tuple[Grid, ...]] = {
-            name: tuple(g.grid(k) for k in range(len(g.scale))) for name, g in self._grids.items()
+            name: tuple(g.grid(k) for k in range(len(g.scale))) for name, g in self.slot_grids.items()
         }
-        self._executor = Executor(twin, layers, self._grids, once if self.renormalize else ())
+        self._executor = Executor(twin, layers, self.slot_grids, once if self.renormalize else ())
         self._memory = memory
         self.peak_bytes = 0
         with quiet(self.device):
@@ -153,6 +153,11 @@ class TorchEvaluator:
             finally:
                 self._executor.statistics = None
         return {name: (mean.float().cpu().numpy(), var.cpu().numpy()) for name, (mean, var) in found.items()}
+
+    def loss_of(self, model: nn.Module) -> float:
+        """The mean loss of any model, such as an applied one, on the calibration samples, in the mode it is in."""
+        with quiet(self.device):
+            return float((self._per_group(self._losses(model)) @ self.groups)[0])
 
     def grids_for(self, bits: Mapping[str, int]) -> dict[str, Grid]:
         """The grid of every quantized slot at these widths (slot name -> width), fixed slots included.
@@ -217,42 +222,42 @@ class TorchEvaluator:
         with _loaded(self, self._rows(self.space.highest()[None])), Meter() as meter:
             outputs = self._executor.forward(batch, 0, few)
         result = sum(x.numel() * x.element_size() for x in tree_leaves(outputs) if isinstance(x, Tensor))
-        self._sample_bytes, self._output_bytes = -(-meter.peak // few), -(-result // few)
-        self._weight_bytes = sum(layer.source.numel() * 4 for layer in self._executor.layers if layer.weight)
+        sample_bytes = -(-meter.peak // few)
         memory = free_memory(self.device) // 4 if self._memory is None else self._memory
-        images = memory // max(1, self._sample_bytes)
+        images = memory // max(1, sample_bytes)
         if self.device.type == "cpu":
             images = min(images, CACHE // max(1, meter.largest // few))
         largest = max(b.size for b in self._run_batches)
         self._samples = largest if self.renormalize or not self._folds else max(1, min(images, largest))
-        row = self._samples * self._sample_bytes + largest * self._output_bytes + self._weight_bytes
-        rows = min(images // self._samples, memory // row)
+        weights = sum(layer.source.nbytes for layer in self._executor.layers if layer.weight)
+        self._row_bytes = self._samples * sample_bytes + largest * -(-result // few) + weights
+        rows = min(images // self._samples, memory // self._row_bytes)
         self.rows_per_batch = max(1, int(rows)) if self._folds else 1
 
     # One chunk of rows.
 
-    def _losses(self) -> NDArray[np.float64]:
-        """The loss of every loaded row and part, [rows, parts]; of the float model where nothing is loaded."""
+    def _losses(self, model: nn.Module | None = None) -> NDArray[np.float64]:
+        """The loss of every loaded row and part, [rows, parts]; of the float model, or of `model`, where none is loaded."""
         n = max(1, self._executor.rows)
         out: list[Tensor] = []
         for b, batch in enumerate(self._run_batches):
             pieces = []
             for start in range(0, batch.size, self._samples):
                 stop = min(start + self._samples, batch.size)
-                outputs = self._executor.forward(batch, start, stop)
+                outputs = self._executor.forward(batch, start, stop, model)
                 pieces.append(tree_map(lambda x, size=stop - start: _per_row(x, n, size), outputs))
             rows = pieces[0] if len(pieces) == 1 else tree_map(_join, *pieces)
-            mine = [p for p in self._parts if p.batch == b]
-            for p in mine:
+            for p in (p for p in self._parts if p.batch == b):
                 targets = samples.part(batch.targets, batch.size, p.start, p.stop)
                 for r in range(n):
                     row = tree_map(lambda x, r=r: x[r] if isinstance(x, Tensor) and x.dim() else x, rows)
                     value = self.loss_fn(samples.part(row, batch.size, p.start, p.stop), targets)
                     if not isinstance(value, Tensor) or value.numel() != 1:
-                        raise SmpqError(f"loss: it must return a scalar tensor, not {_shape(value)}; take the mean over the samples")
+                        raise SmpqError(
+                            f"loss: it must return a scalar tensor, not {_shape(value)}; take the mean over the samples"
+                        )
                     out.append(value.detach().reshape(()).double())
-        used = n * (self._samples * self._sample_bytes + self._output_bytes * max(b.size for b in self._run_batches) + self._weight_bytes)
-        self.peak_bytes = max(self.peak_bytes, used)
+        self.peak_bytes = max(self.peak_bytes, n * self._row_bytes)
         return torch.stack(out).cpu().numpy().reshape(len(self._parts), n).T
 
     def _per_group(self, loss: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -296,7 +301,7 @@ class TorchEvaluator:
 
     def _by_slot(self, rows: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         """The mixtures [n, candidates] of every quantized slot."""
-        found = {name: np.ones((len(rows), 1), np.float32) for name in self._grids}
+        found = {name: np.ones((len(rows), 1), np.float32) for name in self.slot_grids}
         for k, (name, widths) in enumerate(zip(self.slots, self.space.candidates, strict=True)):
             found[name] = np.ascontiguousarray(rows[:, k, : len(widths)])
         return found
@@ -346,7 +351,7 @@ class TorchEvaluator:
             code = ""
         for piece in (smpq_ext.__version__, torch.__version__, modules, structure, code, self.space, loss):
             sha.update(repr(piece).encode())
-        grids = [(name, g.scale, g.zero_point, g.quant_min, g.quant_max) for name, g in self._grids.items()]
+        grids = [(name, g.scale, g.zero_point, g.quant_min, g.quant_max) for name, g in self.slot_grids.items()]
         sha.update(samples.digest([list(tensors), list(tensors.values()), grids]).encode())
         return sha.hexdigest()
 

@@ -41,6 +41,7 @@ class Executor:
     def load(self, mixtures: Mapping[str, NDArray[np.float32]]) -> None:
         """Prepare the rows: mixtures [n, candidates] of every quantized slot. All weights are quantized in one call."""
         self.rows = len(next(iter(mixtures.values())))
+        self.parent = torch.arange(self.rows, device=self.layers[0].source.device)
         weighted = [layer for layer in self.layers if layer.weight is not None]
         distinct = []
         for layer in weighted:
@@ -74,12 +75,15 @@ class Executor:
         for layer in self.layers:
             layer.variants = layer.mixtures = None
 
-    def forward(self, batch: Batch, start: int, stop: int) -> Any:
-        """The outputs for samples [start, stop) of the batch, [rows * samples, ...]; one row where nothing is loaded."""
+    def forward(self, batch: Batch, start: int, stop: int, model: nn.Module | None = None) -> Any:
+        """The outputs for samples [start, stop) of the batch, [rows * samples, ...]; one row where nothing is loaded.
+
+        `model`: another model to run in place of the copy.
+        """
         inputs = batch.rows(max(self.rows, 1), start, stop)
         if self.channels_last and isinstance(inputs, Tensor) and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        return call(self.model, inputs)
+        return call(model or self.model, inputs)
 
     def first_non_finite(self, batch: Batch, start: int, stop: int) -> str | None:
         """The first module, in execution order, whose output holds NaN or infinity for the loaded rows."""
@@ -126,9 +130,9 @@ class _QuantizedLayer:
             return self.original(x, *args, **kwargs)
         rows = x.unflatten(0, (n, -1)) if n > 1 else x.unsqueeze(0)
         if self.activation is not None:
-            g, parent = self.activation, torch.arange(n, device=x.device)
+            g = self.activation
             rows = ops.coalition_fake_quantize(
-                rows, g.scale, g.zero_point, g.quant_min, g.quant_max, self.mixtures, parent=parent
+                rows, g.scale, g.zero_point, g.quant_min, g.quant_max, self.mixtures, parent=self.executor.parent
             )
         if self.weight is None:
             return self.original(rows.flatten(0, 1) if n > 1 else rows[0], *args, **kwargs)
@@ -185,6 +189,9 @@ class Meter(TorchDispatchMode):
         self.seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                self.seen.add(leaf.untyped_storage()._cdata)  # weights and data were there before
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):

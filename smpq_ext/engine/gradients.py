@@ -12,6 +12,7 @@ from torch import Tensor
 
 from smpq_ext import ops
 from smpq_ext.core import Grid
+from smpq_ext.engine import losses
 from smpq_ext.engine.layers import duplicate
 from smpq_ext.engine.samples import call
 
@@ -73,7 +74,7 @@ def hessian_scores(engine: TorchEvaluator, probes: int, seed: int) -> NDArray[np
 
 
 def _label_loss(engine: TorchEvaluator, output: Any, target: Any, generator: torch.Generator) -> Tensor:
-    if engine.loss_name != "kl":
+    if engine.loss_fn is not losses.kl:
         return engine.loss_fn(output, target)
     shares = torch.softmax(output.detach().float(), -1).flatten(0, -2)
     labels = torch.multinomial(shares.cpu(), 1, generator=generator).squeeze(1).to(output.device)

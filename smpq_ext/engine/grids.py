@@ -131,6 +131,5 @@ def _errors(x: Tensor, scale: Tensor, zero: Tensor | None, low: Tensor, high: Te
 
 
 def _bounds(widths: tuple[int, ...], signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    pairs = [ops.bounds(b, signed) for b in widths]
-    low, high = torch.tensor(pairs, dtype=torch.int32, device=device).unbind(1)
-    return low.contiguous(), high.contiguous()
+    low, high = zip(*(ops.bounds(b, signed) for b in widths), strict=True)
+    return torch.tensor(low, dtype=torch.int32, device=device), torch.tensor(high, dtype=torch.int32, device=device)

@@ -59,7 +59,7 @@ class Layer:
 def quiet(device: torch.device) -> Iterator[None]:
     """No gradients, the random state as it was, and no fused transformer path that goes round the modules."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(0)  # a model that draws numbers draws the same ones for every row
         torch.backends.mha.set_fastpath_enabled(False)
         try:

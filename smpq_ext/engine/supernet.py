@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from smpq_ext import ops
 from smpq_ext.core import Mixtures
+from smpq_ext.engine import losses
 from smpq_ext.engine.grids import Grids
 from smpq_ext.engine.layers import duplicate
 from smpq_ext.engine.samples import call
@@ -76,12 +77,20 @@ class Supernet:
         with torch.no_grad():
             for mixture in mixtures:
                 output = self(part.inputs, mixture)
-                classes = part.classes(output)
+                classes = self._classes(output, part.targets)
                 if classes is not None:
                     found.append(100.0 * float((output.argmax(-1) == classes).float().mean()))
                 else:
                     found.append(100.0 * float(torch.exp(-self.engine.loss_fn(output, part.targets))))
         return np.array(found, np.float64)
+
+    def _classes(self, output: Any, targets: Any) -> Tensor | None:
+        """The right classes for an output [..., classes]: the targets, or the float model's choice with the KL loss."""
+        if not isinstance(output, Tensor) or not isinstance(targets, Tensor):
+            return None
+        if self.engine.loss_fn is losses.kl:
+            return targets.argmax(-1)
+        return targets if not targets.is_floating_point() and targets.shape == output.shape[:-1] else None
 
 
 class _Mixed:

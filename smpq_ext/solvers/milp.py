@@ -107,6 +107,7 @@ def minimise(
     upper[x] = allowed
     for (first, second), block in y.items():
         upper[block] = allowed[first][:, None] & allowed[second]
+    bounds: list[tuple[NDArray[np.int64], NDArray[np.float64], float, float]] = []
     for limit in limits:
         # of each slot and each block exactly one variable is 1, so only what it costs above the cheapest matters, and
         # what costs more than there is room for cannot be chosen: coefficients of one size keep HiGHS exact
@@ -120,23 +121,24 @@ def minimise(
             return None
         upper[coefficients > room] = 0
         used = np.flatnonzero((coefficients > 0) & (upper > 0))
-        # HiGHS lets a row be missed by 1e-6; at this scale that is the tolerance of Budget.feasible
-        scale = 1e3 / (abs(limit.limit) or room)
-        rows.append((used, coefficients[used] * scale, -np.inf, room * scale))
+        scale = 1 / (abs(limit.limit) or room)
+        bounds.append((used, coefficients[used] * scale, -np.inf, room * scale))
 
     damage = linear(objective, terms)
     damage *= 1e4 / (np.abs(damage).max() or 1.0)  # HiGHS stops at an absolute gap of 1e-6
     integral = np.zeros(count)
     integral[x] = 1
+    scale = 1.0
     while True:
-        lengths = np.cumsum([0] + [len(variables) for variables, *_ in rows])
+        system = rows + [(used, scale * coefficients, low, scale * high) for used, coefficients, low, high in bounds]
+        lengths = np.cumsum([0] + [len(variables) for variables, *_ in system])
         matrix = csr_array(
-            (np.concatenate([r[1] for r in rows]), np.concatenate([r[0] for r in rows]), lengths),
-            shape=(len(rows), count),
+            (np.concatenate([r[1] for r in system]), np.concatenate([r[0] for r in system]), lengths),
+            shape=(len(system), count),
         )
         answer = milp(
             damage,
-            constraints=LinearConstraint(matrix, np.array([r[2] for r in rows]), np.array([r[3] for r in rows])),
+            constraints=LinearConstraint(matrix, np.array([r[2] for r in system]), np.array([r[3] for r in system])),
             bounds=Bounds(np.zeros(count), upper),
             integrality=integral,
             options={"mip_rel_gap": 0.0},
@@ -148,7 +150,9 @@ def minimise(
         best: Assignments = answer.x[x].argmax(axis=1).astype(np.int8)
         if Budget(tuple(limits), tuple(tied)).feasible(best)[0]:
             return best
-        # met only within the tolerance of HiGHS: forbid this one and look again
+        # HiGHS lets a row be missed by 1e-6. Forbid this assignment and look again, closer: at the scale of 1e3 that is
+        # the tolerance of Budget.feasible (not from the start, it makes HiGHS work harder)
+        scale = min(10 * scale, 1e3)
         rows.append((x[np.arange(slots), best], np.ones(slots), -np.inf, slots - 1))
 
 

@@ -1,0 +1,40 @@
+"""Where the op tests run: SMPQ_TEST_DEVICE is cpu (default), cuda, or emulated (the CUDA kernels on a CPU emulator)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from smpq_ext import ops
+
+settings.register_profile("smpq", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.load_profile("smpq")
+
+WHERE = os.environ.get("SMPQ_TEST_DEVICE", "cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def device() -> Iterator[str]:
+    """The device of the tensors; with `emulated` they are on the CPU and the ops are those of the emulator."""
+    if WHERE == "emulated":
+        torch.ops.load_library(os.environ["SMPQ_EMULATED_LIBRARY"])
+        kernels, ops._smpq = ops._smpq, torch.ops.smpq_emulated
+        yield "cpu"
+        ops._smpq = kernels
+    else:
+        yield WHERE
+
+
+@pytest.fixture
+def compiled() -> None:
+    assert ops.compiled, f"the extension is not built in {Path(ops.__file__).parent}"

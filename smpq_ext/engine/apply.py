@@ -1,0 +1,105 @@
+"""The model that a plan describes: a copy with the plan's grids and statistics built in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from smpq_ext import ops
+from smpq_ext.core import FLOAT_BITS, Grid, Plan, SmpqError
+from smpq_ext.engine.layers import duplicate
+
+QUANTIZER = "activation_quantizer"  # the name of the child that every layer with a quantized activation gets
+
+
+class FakeQuantize(nn.Module):
+    """Rounds what enters a layer to a grid; the grid is in the state dict."""
+
+    def __init__(self, grid: Grid, device: torch.device) -> None:
+        super().__init__()
+        scale, zero_point = _tensors(grid, device)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+        self.quant_min, self.quant_max = grid.quant_min, grid.quant_max
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.fake_quantize(x, self.scale, self.zero_point, quant_min=self.quant_min, quant_max=self.quant_max)
+
+    def extra_repr(self) -> str:
+        return f"codes {self.quant_min} to {self.quant_max}"
+
+
+def apply(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of `model` in eval mode, fake-quantized at the plan: the same inputs and outputs, as floats.
+
+    Weights are rounded in place of the float ones, a FakeQuantize child of every layer rounds what enters it, and
+    BatchNorms take the plan's statistics, where it has any. State dicts, deepcopy and torch.compile work as before.
+
+    Raises SmpqError where the plan was made for another model.
+    """
+    copied = duplicate(getattr(model, "_orig_mod", model), share=False)
+    rounded: set[int] = set()
+    for slot, width in plan.bits.items():
+        layer, _, kind = slot.rpartition(".")
+        module = _module(copied, layer)
+        weight = module._parameters.get("weight")
+        if weight is None or kind not in ("weight", "activation"):
+            raise SmpqError(f"plan: {slot} names no weight or activation of this model; the plan was made for another one")
+        if width == FLOAT_BITS:
+            continue
+        grid = plan.grids.get(slot)
+        if grid is None:
+            raise SmpqError(f"plan: it has no grid for {slot} at {width} bits")
+        if kind == "activation":
+            module.add_module(QUANTIZER, FakeQuantize(grid, weight.device))
+            module.register_forward_pre_hook(_quantize_input)
+        elif id(weight) not in rounded:  # modules that share a Parameter share its grid
+            rounded.add(id(weight))
+            _check_channels(slot, grid, weight)
+            scale, zero_point = _tensors(grid, weight.device)
+            with torch.no_grad():
+                weight.copy_(
+                    ops.fake_quantize(
+                        weight, scale, zero_point, quant_min=grid.quant_min, quant_max=grid.quant_max, axis=grid.axis
+                    )
+                )
+    for name, (mean, var) in plan.statistics.items():
+        norm = _module(copied, name)
+        if not isinstance(norm, _BatchNorm) or norm.num_features != len(mean):
+            raise SmpqError(f"plan: {name!r} is no BatchNorm of {len(mean)} channels; the plan was made for another model")
+        like = norm.running_mean if norm.running_mean is not None else norm.weight
+        device = torch.device("cpu") if like is None else like.device
+        norm.running_mean = torch.from_numpy(np.array(mean, np.float32)).to(device)
+        norm.running_var = torch.from_numpy(np.array(var, np.float32)).to(device)
+    return copied
+
+
+def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (getattr(module, QUANTIZER)(args[0]), *args[1:])
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise SmpqError(f"plan: this model has no layer {name!r}; the plan was made for another one") from error
+
+
+def _check_channels(slot: str, grid: Grid, weight: Tensor) -> None:
+    channels = weight.shape[grid.axis] if grid.axis is not None and -weight.dim() <= grid.axis < weight.dim() else 1
+    if grid.scale.size != channels:
+        raise SmpqError(
+            f"plan: {slot} has {grid.scale.size} scales, this model's weight {tuple(weight.shape)} needs {channels}; "
+            "the plan was made for another model"
+        )
+
+
+def _tensors(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scale and zero point; a whole zero point is an integer, which is added after rounding."""
+    zero = np.array(grid.zero_point, np.float32)
+    whole = (zero == np.round(zero)).all()
+    return torch.tensor(grid.scale, device=device), torch.tensor(zero.astype(np.int32) if whole else zero, device=device)

@@ -1,0 +1,1 @@
+"""Reports: from a saved result to tables, figures and one self-contained page; no torch."""
