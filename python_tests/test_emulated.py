@@ -101,7 +101,7 @@ def test_faults_are_reported(faults: Path, kernel: str, report: str) -> None:
 @pytest.mark.parametrize("file", [EMULATOR / "paths.py", TESTS / "test_ops.py"], ids=lambda f: f.stem)
 def test_kernels(library: Path, file: Path) -> None:
     done = run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not on_the_cpu", file],
         LD_PRELOAD=sanitizer_runtime(),
         ASAN_OPTIONS="detect_leaks=0",  # Python leaks at exit
         SMPQ_TEST_DEVICE="emulated",

@@ -26,8 +26,8 @@ def patched() -> TorchFunctionMode:
 
     They are torch.fake_quantize_per_tensor_affine, torch.fake_quantize_per_channel_affine and
     torch.fused_moving_avg_obs_fake_quant, whoever calls them. Blocks nest, and a block may be compiled or be around a
-    compiled call. Unlike torch's, our ops keep the input for the backward pass, not a mask: writing to it in between
-    is an error of autograd.
+    compiled call. Unlike torch's, our ops keep their input for the backward pass, not a mask: autograd raises
+    RuntimeError where it was written to in between. On a device, integer zero points are not checked: that would wait.
     """
     return _Patched()
 
@@ -37,7 +37,8 @@ def replace_fake_quant(model: nn.Module) -> nn.Module:
 
     Parameters, buffers, hooks and names stay the same objects, so optimizers, checkpoints and traced graphs keep
     working. FakeQuantize, FixedQParamsFakeQuantize and FusedMovingAvgObsFakeQuantize are swapped; subclasses of them
-    written elsewhere are left alone (`patched()` reaches these).
+    written elsewhere are left alone (`patched()` reaches these). torch.compile takes the fused modules into its graph,
+    once a first call has sized the per-channel ones; the others break it, as torch's do.
     """
     return _swap(model, _MODULES.items())
 
@@ -104,27 +105,28 @@ def _fused(
     """torch.fused_moving_avg_obs_fake_quant."""
     state = (observer_on, fake_quant_on, running_min, running_max, scale, zero_point, averaging_const)
     settings = (quant_min, quant_max, ch_axis, per_row_fake_quant, symmetric_quant)
-    per_row_fits = ch_axis == 0 and input.dim() > 1 if per_row_fake_quant else True
-    if not (per_row_fits and input.numel() and input.dtype == torch.float32):
+    rows_fit = not per_row_fake_quant or (ch_axis == 0 and input.dim() > 1)
+    if not (rows_fit and input.numel() and input.dtype == torch.float32):
         return torch.fused_moving_avg_obs_fake_quant(input, *state, *settings)
-    if torch.compiler.is_compiling() and per_row_fake_quant and running_min.numel() == 0:
+    tracing = torch.compiler.is_compiling()
+    if tracing and per_row_fake_quant and running_min.numel() == 0:
         return _fused_eager(input, *state, *settings)  # the first call resizes the state, which no graph can
     # torch's op sees its input through the extremes alone: two numbers a row update the state as the input would.
-    if torch.compiler.is_compiling() or _is_on(observer_on):
+    if tracing or _is_on(observer_on):
         x = input.detach()
         lowest, highest = torch.aminmax(x.flatten(1), dim=1) if per_row_fake_quant else torch.aminmax(x)
         extremes = torch.stack((lowest, highest), -1)
     else:
         extremes = input.new_zeros((input.shape[0], 2) if per_row_fake_quant else 2)
     torch.fused_moving_avg_obs_fake_quant(extremes, *state, *settings)
-    if not torch.compiler.is_compiling() and not _is_on(fake_quant_on):
+    if not tracing and not _is_on(fake_quant_on):
         return input.clone()
     if per_row_fake_quant:
         output = _per_channel(input, scale, zero_point, ch_axis, quant_min, quant_max)
     else:
         output = _per_tensor(input, scale, zero_point, quant_min, quant_max)
-    # A traced graph holds both cases: the switch is a tensor.
-    return torch.where(fake_quant_on != 0, output, input) if torch.compiler.is_compiling() else output
+    # A traced graph holds both cases, for the switch is a tensor in it.
+    return torch.where(fake_quant_on != 0, output, input) if tracing else output
 
 
 _fused_eager = torch.compiler.disable(_fused)

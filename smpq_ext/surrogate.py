@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 
 from smpq_ext.core import Assignments, Budget, Space, Values
+
+# Share of the additive part, length of the product part, noise: what the kernel is chosen from, by likelihood.
+GRID = ((0.2, 0.5, 0.8), (0.1, 0.3, 1.0), (0.003, 0.03, 0.2))
 
 
 class Surrogate:
@@ -24,6 +28,7 @@ class Surrogate:
         self.space = space
         self.predict = predict
         self.base = base
+        self._chosen_at = 0  # how many rows there were when the kernel was chosen
 
     def fit(self, rows: Assignments, losses: Values) -> None:
         """Learn from measured losses [n] of assignments [n, slots]."""
@@ -36,27 +41,26 @@ class Surrogate:
         self.coefficients = np.linalg.solve(line.T @ line + penalty, line.T @ target + penalty @ [0.0, 1.0])
         residual = target - line @ self.coefficients
         self.rows = rows
-        self.scale = float(residual.var()) + 1e-12
         matches = self._matches(rows, rows)
+        settings = [self.settings] if len(rows) < 1.3 * self._chosen_at else list(product(*GRID))
         best = -np.inf
-        for additive in (0.2, 0.5, 0.8):
-            for length in (0.1, 0.3, 1.0):
-                for noise in (0.003, 0.03, 0.2):
-                    kernel = self._kernel(matches, additive, length)
-                    factor = cholesky(kernel + noise * np.eye(len(rows)), lower=True)
-                    solved = cho_solve((factor, True), residual)
-                    # The variance is profiled out.
-                    likelihood = -0.5 * len(rows) * np.log(residual @ solved + 1e-300) - np.log(np.diag(factor)).sum()
-                    if likelihood > best:
-                        best = likelihood
-                        self.scale = float(residual @ solved) / len(rows) + 1e-15
-                        self.settings, self.factor, self.solved = (additive, length), factor, solved
+        for additive, length, noise in settings:
+            kernel = self._kernel(matches, additive, length)
+            factor = cholesky(kernel + noise * np.eye(len(rows)), lower=True)
+            solved = cho_solve((factor, True), residual)
+            variance = float(residual @ solved) / len(rows) + 1e-15  # profiled out of the likelihood
+            likelihood = -0.5 * len(rows) * np.log(variance) - np.log(np.diag(factor)).sum()
+            if likelihood > best:
+                best, self.scale = likelihood, variance
+                self.settings, self.factor, self.solved = (additive, length, noise), factor, solved
+        if len(settings) > 1:
+            self._chosen_at = len(rows)
 
     def sample(self, rows: Assignments, count: int, rng: np.random.Generator) -> NDArray[np.float64]:
         """Draws [count, n] from the posterior of the log increase of assignments [n, slots], all draws of one function."""
         mean, cross = self._posterior(rows)
         reduced = solve_triangular(self.factor, cross.T, lower=True)
-        covariance = self._kernel(self._matches(rows, rows), *self.settings) - reduced.T @ reduced
+        covariance = self._kernel(self._matches(rows, rows), *self.settings[:2]) - reduced.T @ reduced
         covariance[np.diag_indices(len(rows))] += 1e-6
         factor = cholesky(self.scale * covariance + 1e-12 * np.eye(len(rows)), lower=True)
         return np.asarray(mean + rng.standard_normal((count, len(rows))) @ factor.T)
@@ -66,7 +70,7 @@ class Surrogate:
         return np.asarray(np.exp(self._posterior(rows)[0]) - self.floor + self.base)
 
     def _posterior(self, rows: Assignments) -> tuple[Values, NDArray[np.float64]]:
-        cross = self._kernel(self._matches(rows, self.rows), *self.settings)
+        cross = self._kernel(self._matches(rows, self.rows), *self.settings[:2])
         return self._line(rows) @ self.coefficients + cross @ self.solved, cross
 
     def _log(self, increase: Values) -> Values:

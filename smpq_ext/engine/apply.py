@@ -42,7 +42,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     Raises SmpqError where the plan was made for another model.
     """
     copied = duplicate(getattr(model, "_orig_mod", model), share=False)
-    rounded: set[int] = set()
+    rounded: dict[int, int] = {}  # Parameter -> width: modules that share one share its grid
     for slot, width in plan.bits.items():
         layer, _, kind = slot.rpartition(".")
         module = _module(copied, layer)
@@ -57,8 +57,11 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         if kind == "activation":
             module.add_module(QUANTIZER, FakeQuantize(grid, weight.device))
             module.register_forward_pre_hook(_quantize_input)
-        elif id(weight) not in rounded:  # modules that share a Parameter share its grid
-            rounded.add(id(weight))
+        elif id(weight) in rounded:
+            if rounded[id(weight)] != width:
+                raise SmpqError(f"plan: {slot} is one Parameter with another layer's weight, and needs the same width")
+        else:
+            rounded[id(weight)] = width
             _check_channels(slot, grid, weight)
             scale, zero_point = _tensors(grid, weight.device)
             with torch.no_grad():

@@ -121,7 +121,7 @@ class TorchEvaluator:
 
         Raises ValueError for other shapes, SmpqError where a loss is not finite.
         """
-        return np.asarray(self.by_group(mixtures) @ self.groups, np.float64)
+        return (self.by_group(mixtures) * self.groups).sum(axis=1)  # not @: a row's sum must not depend on the others
 
     def by_group(self, mixtures: Mixtures | Assignments) -> NDArray[np.float64]:
         """The value for each group of calibration samples, [n, groups]."""

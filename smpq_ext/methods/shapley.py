@@ -34,7 +34,8 @@ class Shapley:
 
     holdout = True
 
-    def __init__(self, patience: float = 0.35, finalists: int = 8) -> None:
+    def __init__(self, patience: float = 0.35, finalists: int = 8, batch: int = 12) -> None:
+        self.batch = batch  # assignments that are proposed and measured before the Gaussian process learns from them
         self.patience = patience  # share of the refinement's evaluations without progress after which it stops
         self.finalists = finalists
 
@@ -91,7 +92,7 @@ class Shapley:
             if not len(pool):
                 break
             surrogate.fit(rows, losses)
-            draws = surrogate.sample(pool, min(search.rows_per_batch, room - used), rng)
+            draws = surrogate.sample(pool, min(self.batch, room - used), rng)
             chosen = pool[np.unique(draws.argmin(axis=1))]
             measured = -search(chosen)
             used += len(chosen)

@@ -77,7 +77,7 @@ def scores(result: Result) -> Figure | None:
                 text = with_error(value, float(errors[i, k]), digits=1)
                 axis.text(x + 0.5, y + 0.5, text, ha="center", va="center_baseline", fontsize=6, color=colour)
                 if bits == result.plan.bits[slot.name]:
-                    axis.add_patch(Rectangle((x, y), 1, 1, fill=False, edgecolor=INK, linewidth=1.6, zorder=3))
+                    axis.add_patch(Rectangle((x + 0.02, y + 0.06), 0.95, 0.87, fill=False, edgecolor=INK, linewidth=1.6, zorder=3))
         axis.pcolormesh(np.ma.masked_invalid(grid), norm=norm, cmap=colours, edgecolors="white", linewidth=0.6)
         for y in range(0, bottom, BLOCK + 1):
             for x, bits in enumerate(widths[kind]):

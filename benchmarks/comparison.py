@@ -1,0 +1,126 @@
+"""Runs every method on one model at equal budget, judges the plans on held-out data, and keeps what came out."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+import smpq_ext
+from smpq_ext.core import Infeasible, Result
+
+METHODS = (
+    "uniform",
+    "random",
+    "inverted",
+    "gradient",
+    "hessian",
+    "sqnr",
+    "single",
+    "local",
+    "smpq",
+    "shapley",
+)
+Judge = Callable[[nn.Module], NDArray[np.float64]]  # a model to its score for each held-out sample
+
+
+class Cells:
+    """What was measured so far, in a folder outside the repository; a cell that is there is not run again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def run(
+        self, name: str, model: nn.Module, batches: Sequence[Any], judge: Judge, method: str, **settings: Any
+    ) -> dict[str, Any] | None:
+        """One search, applied and judged: scores per held-out sample, cost and evaluations; None where infeasible."""
+        path = self.folder / f"{name}-{method}.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        start = time.perf_counter()
+        try:
+            result: Result = smpq_ext.search(
+                model, batches, method=method, store=self.folder / "evaluations.sqlite", **settings
+            )
+        except Infeasible as error:
+            print(f"{name} {method}: {error}", flush=True)
+            path.write_text("null")
+            return None
+        scores = judge(smpq_ext.apply(model, result.plan))
+        cell = {
+            "scores": np.round(scores, 6).tolist(),
+            "measured_loss": result.measured_loss,
+            "evaluations": result.evaluations,
+            "seconds": time.perf_counter() - start,
+            "cost": dict(result.cost),
+            "finding": result.finding,
+            "bits": result.plan.bits,
+        }
+        path.write_text(json.dumps(cell))
+        print(
+            f"{name} {method}: score {scores.mean():.4f}, loss {result.measured_loss:.4f}, "
+            f"{result.evaluations} evaluations, {cell['seconds']:.0f} s. {result.finding}",
+            flush=True,
+        )
+        return cell
+
+
+def compare(cells: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Mean difference of the scores of two methods over the seeds, and its standard error.
+
+    Paired: the same seeds and the same held-out samples. Two sources of noise are added: that of the held-out samples
+    (the seeds' mean difference, sample by sample) and that of the seeds, from the spread of their mean differences.
+    """
+    difference = np.array([np.array(a["scores"]) - np.array(b["scores"]) for a, b in zip(cells, others, strict=True)])
+    samples = difference.mean(axis=0).std(ddof=1) / np.sqrt(difference.shape[1])
+    seeds = difference.mean(axis=1).std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else 0.0
+    return float(difference.mean()), float(np.hypot(samples, seeds))
+
+
+def summary(cells: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Mean score over seeds and held-out samples, and its standard error from both."""
+    scores = np.array([cell["scores"] for cell in cells])
+    samples = scores.mean(axis=0).std(ddof=1) / np.sqrt(scores.shape[1])
+    seeds = scores.mean(axis=1).std(ddof=1) / np.sqrt(len(scores)) if len(scores) > 1 else 0.0
+    return float(scores.mean()), float(np.hypot(samples, seeds))
+
+
+def rows_of(groups: dict[str, dict[str, list[dict[str, Any]]]], better: str, digits: int) -> list[dict[str, Any]]:
+    """A row per method, a column per group (mode and budget), each cell «mean ± standard error»; then who shapley beats."""
+    rows = []
+    for method in METHODS:
+        row: dict[str, Any] = {"method": method}
+        for group, found in groups.items():
+            cells = found.get(method)
+            row[group] = "–" if not cells else "{:.{d}f} ± {:.{d}f}".format(*summary(cells), d=digits)
+        rows.append(row)
+    verdict: dict[str, Any] = {"method": f"shapley against the best other ({better})"}
+    for group, found in groups.items():
+        others = {m: c for m, c in found.items() if m != "shapley" and c}
+        if "shapley" not in found or not others:
+            continue
+        sign = 1.0 if better == "higher" else -1.0
+        best = max(others, key=lambda m: sign * summary(others[m])[0])
+        mean, error = compare(found["shapley"], others[best])
+        word = "tie" if abs(mean) < 2 * error else "ahead" if sign * mean > 0 else "behind"
+        verdict[group] = f"{mean:+.{digits}f} ± {error:.{digits}f} against {best}: {word}"
+    return [*rows, verdict]
+
+
+def judge_accuracy(inputs: torch.Tensor, targets: torch.Tensor, batch: int = 500) -> Judge:
+    """Top-1 correctness, 0 or 1 for each sample."""
+
+    def judge(model: nn.Module) -> NDArray[np.float64]:
+        with torch.inference_mode():
+            found = [model(x).argmax(-1) for x in inputs.split(batch)]
+        return (torch.cat(found) == targets).double().numpy()
+
+    return judge

@@ -1,0 +1,615 @@
+"""The evaluator against a plain loop over torch's own fake-quantize functions, and what it promises to its caller."""
+
+from __future__ import annotations
+
+import copy
+import random
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import smpq_ext
+from python_tests.random_models import CLASSES, MODELS, build
+from smpq_ext.core import Grid, SmpqError
+
+BITS = (2, 3, 8)
+slow = settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate], report_multiple_bugs=False)
+names = st.sampled_from(sorted(MODELS))
+seeds = st.integers(0, 10_000)
+
+
+def torch_quantize(x: Tensor, grid: Grid) -> Tensor:
+    """torch's own fake quantization; one bit, which it has no grid for, by hand."""
+    if (grid.zero_point == -0.5).all():
+        shape = [-1 if d == grid.axis else 1 for d in range(x.dim())]
+        return torch.where(x >= 0, 0.5, -0.5) * torch.from_numpy(grid.scale).reshape(shape)
+    if grid.axis is None:
+        return torch.fake_quantize_per_tensor_affine(
+            x, float(grid.scale), int(grid.zero_point), grid.quant_min, grid.quant_max
+        )
+    zero = torch.from_numpy(grid.zero_point).int()
+    return torch.fake_quantize_per_channel_affine(
+        x, torch.from_numpy(grid.scale), zero, grid.axis, grid.quant_min, grid.quant_max
+    )
+
+
+def oracle(ev: Any, mixture: np.ndarray) -> float:
+    """The value of one mixture [slots, candidates], by a copy of the model, one layer after the other."""
+    model = copy.deepcopy(ev.model).eval()
+    weights = {slot.name: np.ones(1) for slot, width in ev.space.fixed if width != 32}
+    weights |= {name: mixture[k] for k, name in enumerate(ev.slots)}
+
+    def mixed(x: Tensor, slot: str) -> Tensor:
+        if slot not in weights:
+            return x
+        pairs = zip(weights[slot], ev.grids[slot], strict=False)
+        return sum((float(w) * torch_quantize(x, grid) for w, grid in pairs if w != 0), torch.zeros_like(x))
+
+    originals = {name: model.get_submodule(name).weight.detach().clone() for name in ev.layers}
+    for name in ev.layers:
+        layer = model.get_submodule(name)
+        layer.weight = nn.Parameter(mixed(originals[name], f"{name}.weight"))
+        layer.register_forward_pre_hook(lambda _, args, name=name: (mixed(args[0], f"{name}.activation"), *args[1:]))
+    batches = [(b.inputs, b.targets) for b in ev.batches]
+    if ev.renormalize:
+        batches = [(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))]
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.train()
+    total = samples = 0.0
+    with torch.no_grad():
+        for inputs, targets in batches:
+            out = model(inputs)
+            loss = F.cross_entropy(out.flatten(0, -2), targets.flatten())
+            total, samples = total + float(loss) * len(inputs), samples + len(inputs)
+    return -total / samples
+
+
+def random_assignments(ev: Any, n: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, ev.space.highest() + 1, (n, len(ev.slots))).astype(np.int8)
+
+
+def random_mixtures(ev: Any, n: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    weights = rng.random((n, *ev.space.mask.shape)) * (rng.random((n, *ev.space.mask.shape)) < 0.6) * ev.space.mask
+    return weights.astype(np.float32)
+
+
+@slow
+@given(names, seeds, st.booleans(), st.sampled_from(["mse", "minmax", "percentile"]))
+def test_values_are_those_of_a_plain_loop(name: str, seed: int, renormalize: bool, calibrate: str) -> None:
+    model, data = build(name, seed)
+    ev = smpq_ext.evaluator(
+        model, data, bits=(1, *BITS), activation_bits=(2, 4), renormalize=renormalize, fixed={}, calibrate=calibrate
+    )
+    assignments, mixtures = random_assignments(ev, 3, seed), random_mixtures(ev, 2, seed)
+    expected = [oracle(ev, m) for m in (*ev.space.one_hot(assignments), *mixtures)]
+    np.testing.assert_allclose(np.concatenate([ev(assignments), ev(mixtures)]), expected, rtol=1e-4, atol=1e-5)
+
+
+@slow
+@given(names, seeds, st.booleans())
+def test_one_hot_mixtures_are_assignments_bit_for_bit(name: str, seed: int, renormalize: bool) -> None:
+    model, data = build(name, seed)
+    ev = smpq_ext.evaluator(model, data, bits=BITS, activation_bits=(2, 4), renormalize=renormalize)
+    assignments = random_assignments(ev, 4, seed)
+    assert (ev(assignments) == ev(ev.space.one_hot(assignments))).all()
+    np.testing.assert_allclose(ev.by_group(assignments) @ ev.groups, ev(assignments), rtol=1e-12)
+    assert ev(assignments).dtype == np.float64
+
+
+@slow
+@given(names, seeds, st.booleans())
+def test_chunks_never_change_values(name: str, seed: int, renormalize: bool) -> None:
+    model, data = build(name, seed, sizes=(17, 9, 1) if name != "Transposed" else (17, 9))
+    wide, narrow = (
+        smpq_ext.evaluator(model, data, bits=BITS, renormalize=renormalize, memory=memory) for memory in (None, 1)
+    )
+    assert narrow.rows_per_batch == 1
+    assert name == "TimeFirst" or wide.rows_per_batch > 1
+    rows = random_assignments(wide, 6, seed)
+    together = wide(rows)
+    np.testing.assert_allclose(narrow(rows), together, rtol=1e-6)
+    np.testing.assert_allclose([wide(r[None])[0] for r in rows], together, rtol=1e-6)
+    assert (wide(rows[[3, 3, 0]]) == wide(rows[[0, 3, 3]])[::-1]).all()
+
+
+def test_no_rows_and_wrong_rows() -> None:
+    ev = smpq_ext.evaluator(*build("Shared", 0), bits=BITS)
+    assert ev(np.empty((0, len(ev.slots)), np.int8)).shape == (0,)
+    with pytest.raises(ValueError, match="assignments: expected"):
+        ev(np.zeros((1, 2), np.int8))
+    with pytest.raises(ValueError, match="no candidate"):
+        ev(np.full((1, len(ev.slots)), 3, np.int8))
+    with pytest.raises(ValueError, match="mixtures: expected"):
+        ev(np.zeros((1, len(ev.slots)), np.float32))
+    with pytest.raises(ValueError, match="finite"):
+        ev(np.full((1, *ev.space.mask.shape), np.nan, np.float32))
+
+
+# --- what is found -----------------------------------------------------------------------------------------------------
+
+
+def test_slots_follow_execution_and_first_and_last_are_fixed() -> None:
+    ev = smpq_ext.evaluator(*build("Branches", 0), bits=(8, 2, 4))
+    assert list(ev.layers) == ["stem", "depth", "point", "left", "right", "head"]
+    assert ev.slots[:4] == ("depth.weight", "depth.activation", "point.weight", "point.activation")
+    assert {slot.name: width for slot, width in ev.space.fixed} == {
+        f"{layer}.{kind}": 8 for layer in ("stem", "head") for kind in ("weight", "activation")
+    }
+    assert set(ev.space.candidates) == {(2, 4, 8)}
+    depth = ev.space.slots[0]
+    assert (depth.elements, depth.macs, depth.scales) == (72, 72 * 64, 8)
+    assert ev.space.slots[1].elements == 8 * 64
+    assert ev.grids["point.activation"][0].quant_max == 3  # after ReLU: unsigned from 0
+    assert ev.grids["point.activation"][0].zero_point == 0
+    assert ev.grids["head.activation"][0].zero_point > 0
+
+
+def test_shared_modules_are_one_slot_and_shared_parameters_are_tied() -> None:
+    ev = smpq_ext.evaluator(*build("Shared", 0), bits=BITS)
+    assert ev.slots.count("twice.weight") == 1
+    (pair,) = ev.space.tied
+    assert [ev.slots[k] for k in pair] == ["one.weight", "other.weight"]
+    assert [ev.space.slots[k].elements for k in pair] == [64, 0]
+    assert ev.space.slots[0].macs == 2 * 64  # called twice
+    ev = smpq_ext.evaluator(*build("Shared", 0), bits=BITS, fixed={"other": 4})
+    assert {s.name: w for s, w in ev.space.fixed} == {"one.weight": 4, "other.weight": 4, "other.activation": 4}
+    with pytest.raises(SmpqError, match="one Parameter"):
+        smpq_ext.evaluator(*build("Shared", 0), bits=BITS, fixed={"one": 3, "other": 4})
+
+
+def test_fixed() -> None:
+    make = partial(smpq_ext.evaluator, *build("Shared", 0), bits=BITS)
+    ev = make(fixed={"first": "float", "first.activation": 3})
+    assert {s.name: w for s, w in ev.space.fixed} == {"first.weight": 32, "first.activation": 3}
+    widths = ev.space.bits(ev.space.lowest())
+    assert "first.weight" not in ev.grids_for(widths)
+    assert ev.grids_for(widths)["first.activation"].quant_max == 7
+    with pytest.raises(SmpqError, match="candidates"):
+        ev.grids_for(widths | {"twice.weight": 5})
+    assert len(make(fixed={}).slots) == 10
+    weights_only = make(activation_bits=())
+    assert {name.rpartition(".")[2] for name in weights_only.slots} == {"weight"}
+    assert {w for s, w in weights_only.space.fixed if s.kind == "activation"} == {32}
+    with pytest.raises(SmpqError, match="'nope' is no slot"):
+        make(fixed={"nope": 8})
+    with pytest.raises(SmpqError, match="width from 1 to 16"):
+        make(fixed={"first": 17})
+    with pytest.raises(SmpqError, match="fixed=\\{\\}"):
+        smpq_ext.evaluator(nn.Linear(6, CLASSES), build("Shared", 0)[1], bits=BITS)
+
+
+def test_the_model_itself_may_be_the_layer() -> None:
+    ev = smpq_ext.evaluator(nn.Linear(6, CLASSES), build("Shared", 0)[1], bits=BITS, fixed={})
+    assert ev.slots == (".weight", ".activation")
+    np.testing.assert_allclose(ev(np.array([[2, 2]])), oracle(ev, ev.space.one_hot(np.array([[2, 2]]))[0]), rtol=1e-5)
+
+
+class Leftovers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(4, 6)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.rnn = nn.GRU(6, 6, batch_first=True)
+        self.unused = nn.Linear(6, 6)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+        self.inner, self.out = nn.Linear(6, 6), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.embed.weight[0]
+        x = self.embed(torch.zeros(x.shape[:-1], dtype=torch.long)) + self.attention(x, x, x)[0]
+        x = self.normed(self.rnn(x)[0])
+        return self.out(F.linear(x, self.inner.weight) + self.inner(x)).mean(1)
+
+
+def test_what_is_left_out_is_listed() -> None:
+    x, y = torch.randn(6, 3, 6), torch.randint(0, CLASSES, (6,))
+    ev = smpq_ext.evaluator(Leftovers(), [(x, y)], bits=BITS, fixed={})
+    assert list(ev.layers) == ["inner", "out"]
+    reasons = {
+        "embed": "table", "attention": "not through forward", "attention.out_proj": "never ran", "rnn": "recurrent",
+        "unused": "never ran", "normed": "parametrization", "(the model itself)": "linear directly",
+    }  # fmt: skip
+    assert set(reasons) <= set(ev.left_out)
+    for name, reason in reasons.items():
+        assert reason in ev.left_out[name]
+    assert "matmul" in smpq_ext.evaluator(*build("Tokens", 0), bits=BITS).left_out["(the model itself)"]
+
+
+def test_transformer_encoder_takes_no_fused_path() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    model = nn.Sequential(nn.Linear(6, 8), layer, nn.Flatten(), nn.Linear(24, CLASSES)).eval()
+    ev = smpq_ext.evaluator(model, [(torch.randn(6, 3, 6), torch.randint(0, CLASSES, (6,)))], bits=(2, 8))
+    assert {"1.linear1.weight", "1.linear2.activation"} <= set(ev.slots)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_model_that_cannot_fold_says_so() -> None:
+    ev = smpq_ext.evaluator(*build("TimeFirst", 0), bits=BITS)
+    assert ev.rows_per_batch == 1
+    assert "one at a time" in ev.notes[0]
+    assert smpq_ext.evaluator(*build("Branches", 0), bits=BITS).notes == ()
+
+
+class OwnForward(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight - self.weight.mean(1, keepdim=True), self.bias)
+
+
+def test_subclasses_run_their_own_forward() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), OwnForward(8, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+    ev = smpq_ext.evaluator(model, build("Shared", 0)[1], bits=BITS, fixed={})
+    rows = random_assignments(ev, 4)
+    np.testing.assert_allclose(ev(rows), [oracle(ev, m) for m in ev.space.one_hot(rows)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict"])
+def test_inputs_may_be_a_tuple_or_a_dict(form: str) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+
+        def forward(self, x: Tensor, scale: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.net(x * scale)}
+
+    torch.manual_seed(0)
+    x, scale, y = torch.randn(10, 6), torch.tensor([2.0]), torch.randint(0, CLASSES, (10,))
+    inputs = (x, scale) if form == "tuple" else {"x": x, "scale": scale}
+    model = Two()
+    loss = lambda out, target: F.cross_entropy(out["logits"], target)  # noqa: E731
+    ev = smpq_ext.evaluator(model, [(inputs, y)], bits=BITS, loss=loss)
+    plain = smpq_ext.evaluator(model.net, [(x * scale, y)], bits=BITS)
+    rows = random_assignments(ev, 3)
+    np.testing.assert_allclose(ev(rows), plain(rows), rtol=1e-6)
+    with pytest.raises(SmpqError, match="loss: cross-entropy wants outputs"):
+        smpq_ext.evaluator(model, [(inputs, y)], bits=BITS)
+
+
+# --- the model is only read -----------------------------------------------------------------------------------------------
+
+
+def state(model: nn.Module) -> tuple[Any, ...]:
+    tensors = {k: (v.clone(), v.data_ptr(), v._version) for k, v in (*model.named_parameters(), *model.named_buffers())}
+    flags = [(name, m.training, tuple(m._forward_hooks), tuple(m._forward_pre_hooks), "forward" in vars(m))
+             for name, m in model.named_modules()]  # fmt: skip
+    gradients = [(p.requires_grad, p.grad is None) for p in model.parameters()]
+    return tensors, flags, gradients
+
+
+def same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    alike = all(torch.equal(x, y) and p == q and v == w for (x, p, v), (y, q, w) in zip(a[0].values(), b[0].values(), strict=True))
+    return alike and a[1:] == b[1:]
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_the_model_is_untouched(renormalize: bool) -> None:
+    model, data = build("Branches", 0)
+    model.train()
+    model.depth.eval()
+    model.stem.register_forward_hook(lambda m, args, out: out)
+    before, rng, grad = state(model), torch.get_rng_state(), torch.is_grad_enabled()
+    ev = smpq_ext.evaluator(model, data, bits=BITS, renormalize=renormalize)
+    ev(random_assignments(ev, 3))
+    ev.statistics(ev.space.lowest())
+    smpq_ext.apply(model, plan_of(ev, ev.space.lowest()))
+    assert same(before, state(model))
+    assert torch.equal(rng, torch.get_rng_state())
+    assert torch.is_grad_enabled() == grad
+
+
+def test_the_model_is_untouched_after_an_exception() -> None:
+    class Fails(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.calls = build("Branches", 0)[0], [0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            fails["count"] += 1
+            if fails["count"] > fails["allowed"]:
+                raise RuntimeError("the model is tired")
+            return self.net(x)
+
+    fails = {"count": 0, "allowed": 10**9}
+    model, data = Fails().train(), build("Branches", 0)[1]
+    before, rng = state(model), torch.get_rng_state()
+    ev = smpq_ext.evaluator(model, data, bits=BITS)
+    needed = fails["count"]
+    rows = random_assignments(ev, 2)
+    value = ev(rows)
+    for allowed in range(needed):
+        fails.update(count=0, allowed=allowed)
+        try:
+            smpq_ext.evaluator(model, data, bits=BITS)
+        except RuntimeError:
+            assert same(before, state(model))
+    fails.update(count=0, allowed=0)
+    with pytest.raises(RuntimeError, match="tired"):
+        ev(rows)
+    assert same(before, state(model))
+    assert torch.equal(rng, torch.get_rng_state())
+    fails.update(count=0, allowed=10**9)
+    assert (ev(rows) == value).all()  # and the evaluator still works
+
+
+def test_parameters_take_no_second_memory() -> None:
+    ev = smpq_ext.evaluator(*build("Shared", 0), bits=BITS)
+    ours = {p.data_ptr() for p in ev._executor.model.parameters()}
+    assert ours == {p.data_ptr() for p in ev.model.parameters()}
+
+
+# --- renormalize, statistics, apply -------------------------------------------------------------------------------------
+
+
+def plan_of(ev: Any, assignment: np.ndarray) -> smpq_ext.Plan:
+    widths = ev.space.bits(assignment)
+    return smpq_ext.Plan("test", 0, ev.fingerprint, widths, ev.grids_for(widths), ev.statistics(assignment))
+
+
+@slow
+@given(names, seeds, st.sampled_from(["auto", True, False]), st.booleans())
+def test_the_applied_model_gives_the_value_that_was_searched(name: str, seed: int, renormalize: Any, some_float: bool) -> None:
+    model, data = build(name, seed)
+    fixed = {next(name for name, _ in model.named_children() if name != "embed"): "float"} if some_float else {}
+    ev = smpq_ext.evaluator(model, data, bits=(1, *BITS), renormalize=renormalize, fixed=fixed)
+    assert ev.renormalize == (renormalize is not False and name in ("Branches", "Transposed"))
+    (assignment,) = random_assignments(ev, 1, seed)
+    for group in ev.space.tied:
+        assignment[list(group)] = assignment[group[0]]
+    plan = plan_of(ev, assignment)
+    assert bool(plan.statistics) == ev.renormalize
+    applied = smpq_ext.apply(model, smpq_ext.Plan.from_json(plan.to_json()))
+    with torch.no_grad():
+        losses = [F.cross_entropy(applied(x).flatten(0, -2), y.flatten()).item() * len(x) for x, y in data]
+    assert -sum(losses) / 20 == pytest.approx(ev(assignment[None])[0], rel=1e-5)
+    assert -ev.loss_of(applied) == pytest.approx(ev(assignment[None])[0], rel=1e-5)
+
+
+def test_the_applied_model_is_a_model() -> None:
+    model, data = build("Branches", 3)
+    ev = smpq_ext.evaluator(model, data, bits=BITS)
+    applied = smpq_ext.apply(model, plan_of(ev, ev.space.lowest()))
+    x = data[0][0]
+    expected = applied(x)
+    assert expected.dtype == torch.float32
+    assert set(model.state_dict()) <= set(applied.state_dict())
+    assert "depth.activation_quantizer.scale" in applied.state_dict()
+    assert torch.equal(copy.deepcopy(applied)(x), expected)
+    other = smpq_ext.apply(model, plan_of(ev, ev.space.highest()))
+    blank = smpq_ext.apply(build("Branches", 4)[0], plan_of(ev, ev.space.lowest()))
+    blank.load_state_dict(applied.state_dict())
+    assert torch.equal(blank(x), expected)
+    assert not torch.equal(other(x), expected)
+    expected.sum().backward()  # straight-through
+    assert applied.depth.weight.grad is not None
+    compiled = torch.compile(applied, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), expected.detach())
+
+
+def test_a_plan_for_another_model_is_refused() -> None:
+    model, data = build("Branches", 0)
+    ev = smpq_ext.evaluator(model, data, bits=BITS)
+    plan = plan_of(ev, ev.space.lowest())
+    with pytest.raises(SmpqError, match="no layer"):
+        smpq_ext.apply(build("Shared", 0)[0], plan)
+    other = copy.deepcopy(model)
+    other.point = nn.Conv2d(8, 9, 1)
+    shared, data = build("Shared", 0)
+    ev = smpq_ext.evaluator(shared, data, bits=BITS)
+    parted = ev.space.lowest()
+    parted[ev.slots.index("other.weight")] = 1
+    with pytest.raises(SmpqError, match="one Parameter"):
+        smpq_ext.apply(shared, plan_of(ev, parted))
+    with pytest.raises(SmpqError, match=r"point\.weight has 8 scales"):
+        smpq_ext.apply(other, plan)
+    other = copy.deepcopy(model)
+    other.norm = nn.BatchNorm2d(9)
+    with pytest.raises(SmpqError, match="no BatchNorm of 8"):
+        smpq_ext.apply(other, plan)
+
+
+def test_renormalize_needs_batches_of_one_shape() -> None:
+    model, _ = build("Branches", 0)
+    data = [(torch.randn(4, 3, s, s), torch.randint(0, CLASSES, (4,))) for s in (8, 10)]
+    with pytest.raises(SmpqError, match="renormalize=False"):
+        smpq_ext.evaluator(model, data, bits=BITS)
+    ev = smpq_ext.evaluator(model, data, bits=BITS, renormalize=False)
+    rows = random_assignments(ev, 2)
+    np.testing.assert_allclose(ev(rows), [oracle(ev, m) for m in ev.space.one_hot(rows)], rtol=1e-5)
+
+
+def test_a_norm_that_runs_twice_keeps_its_statistics() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.norm = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 5), nn.BatchNorm1d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(F.relu(self.norm(self.b(F.relu(self.norm(self.a(x)))))))
+
+    ev = smpq_ext.evaluator(Twice(), build("Shared", 0)[1], bits=BITS)
+    assert not ev.renormalize
+    assert "norm" in ev.notes[0]
+
+
+# --- losses, groups, splits, fingerprints -----------------------------------------------------------------------------------
+
+
+def test_kl_is_zero_for_the_float_model_and_the_mean_over_positions() -> None:
+    model, data = build("Tokens", 0)
+    ev = smpq_ext.evaluator(model, [(x, None) for x, _ in data], bits=(2, 16), loss="kl", activation_bits=(), fixed={})
+    assert ev.float_loss == pytest.approx(0, abs=1e-6)
+    low, high = ev(np.stack([ev.space.lowest(), ev.space.highest()]))
+    assert low < high <= 1e-6
+    applied = smpq_ext.apply(model, plan_of(ev, ev.space.lowest()))
+    with torch.no_grad():
+        p, q = (F.log_softmax(torch.cat([m(x) for x, _ in data]), -1) for m in (model, applied))
+    assert -low == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
+
+
+def test_losses_that_do_not_fit_say_what_to_do() -> None:
+    model, data = build("Shared", 0)
+    make = partial(smpq_ext.evaluator, model, bits=BITS)
+    regression = [(x, torch.randn(len(x), CLASSES)) for x, _ in data]
+    with pytest.raises(SmpqError, match="mse_loss"):
+        make(regression)
+    assert make(regression, loss=F.mse_loss).float_loss > 0
+    with pytest.raises(SmpqError, match="not known"):
+        make(data, loss="hinge")
+    with pytest.raises(SmpqError, match="scalar"):
+        make(data, loss=partial(F.cross_entropy, reduction="none"))
+    with pytest.raises(SmpqError, match="out of bounds"):
+        make([(x, y + CLASSES) for x, y in data])
+
+
+@pytest.mark.parametrize("sizes", [(20,), (12, 8), (3, 2, 4), (1,) * 30, (2,) * 11])
+def test_groups_and_losses_of_parts(sizes: tuple[int, ...]) -> None:
+    model, data = build("Shared", 0, sizes)
+    ev = smpq_ext.evaluator(model, data, bits=BITS)
+    assert ev.groups.sum() == pytest.approx(1)
+    assert 4 <= len(ev.groups) <= 16
+    seen: list[int] = []
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        seen.append(len(targets))
+        return F.cross_entropy(outputs, targets)
+
+    own = smpq_ext.evaluator(model, data, bits=BITS, loss=loss)
+    assert sum(seen) == sum(sizes)
+    assert own.float_loss == pytest.approx(ev.float_loss)
+
+
+@slow
+@given(names, seeds, st.floats(0.1, 0.9), st.booleans())
+def test_split_parts_the_samples_and_shares_the_grids(name: str, seed: int, fraction: float, renormalize: bool) -> None:
+    model, data = build(name, seed)
+    ev = smpq_ext.evaluator(model, data, bits=BITS, renormalize=renormalize)
+    search, apart = ev.split(fraction, np.random.default_rng(seed))
+    sizes = [sum(b.size for b in part.batches) for part in (search, apart)]
+    assert sizes == [20 - round(20 * fraction), round(20 * fraction)]
+    assert len({ev.fingerprint, search.fingerprint, apart.fingerprint}) == 3
+    assert search.grids is ev.grids
+    again, _ = ev.split(fraction, np.random.default_rng(seed))
+    assert again.fingerprint == search.fingerprint
+    total = sizes[0] * search.float_loss + sizes[1] * apart.float_loss
+    assert total / 20 == pytest.approx(ev.float_loss, rel=1e-5)
+    rows = random_assignments(ev, 2, seed)
+    for part in (search, apart):
+        if part.batches and name != "TimeFirst":
+            np.testing.assert_allclose(part(rows), [oracle(part, m) for m in ev.space.one_hot(rows)], rtol=1e-4, atol=1e-5)
+
+
+def test_split_needs_samples() -> None:
+    ev = smpq_ext.evaluator(*build("Shared", 0, (1,)), bits=BITS)
+    with pytest.raises(SmpqError, match="more samples"):
+        ev.split(0.2, np.random.default_rng(0))
+
+
+def test_fingerprints() -> None:
+    model, data = build("Branches", 0)
+    make = partial(smpq_ext.evaluator, bits=BITS)
+    first = make(model, data).fingerprint
+    assert make(copy.deepcopy(model), [(x.clone(), y) for x, y in data]).fingerprint == first
+    assert len(first) == 64
+
+    def changed(change: Any) -> nn.Module:
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            change(other)
+        return other
+
+    others = [
+        make(changed(lambda m: m.point.weight[0, 0, 0, 0].add_(1e-6)), data),
+        make(changed(lambda m: m.norm.running_mean[0].add_(1)), data),
+        make(model, [(x, (y + 1) % CLASSES) for x, y in data]),
+        make(model, [(x.roll(1, -1), y) for x, y in data]),
+        make(model, data, loss="kl"),
+        make(model, data, loss=lambda out, y: F.cross_entropy(out, y)),
+        make(model, data, loss=lambda out, y: 2 * F.cross_entropy(out, y)),
+        make(model, data, loss=partial(F.cross_entropy, label_smoothing=0.1)),
+        make(model, data, loss=partial(F.cross_entropy, label_smoothing=0.2)),
+        make(model, data, loss=nn.CrossEntropyLoss()),
+        make(model, data, renormalize=False),
+        make(model, data, bits=(2, 3)),
+        make(model, data, activation_bits=(4, 8)),
+        make(model, data, fixed={}),
+        make(model, data, calibrate="minmax"),
+    ]
+    assert len({first, *(ev.fingerprint for ev in others)}) == 1 + len(others)
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------------
+
+
+def test_non_finite_numbers_name_their_layer() -> None:
+    model, data = build("Branches", 0)
+    make = partial(smpq_ext.evaluator, bits=BITS)
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.left.weight[0] = torch.nan
+    with pytest.raises(SmpqError, match=r"left\.weight"):
+        make(broken, data)
+    with pytest.raises(SmpqError, match="'stem' holds NaN"):
+        make(model, [(x / 0, y) for x, y in data])
+    broken = copy.deepcopy(model)
+    broken.head.register_forward_hook(lambda m, args, out: out * torch.inf)
+    with pytest.raises(SmpqError, match=r"float model is .*leaves head"):
+        make(broken, data)
+
+    class Fragile(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / (x.std(0) > self.limit)
+
+        limit = 0.0
+
+    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), Fragile(), nn.Linear(6, CLASSES))
+    ev = make(net, build("Shared", 0)[1])
+    ev._executor.model[3].limit = 1e9
+    with pytest.raises(SmpqError, match=r"row 1 is nan.*leaves 3"):
+        ev._complain(np.array([[0.0], [np.nan]]), ev.space.one_hot(random_assignments(ev, 2)), [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"bits": ()}, "bits: widths"),
+        ({"bits": (0, 4)}, "bits: widths"),
+        ({"bits": (2.5,)}, "bits: widths"),
+        ({"bits": 4}, "bits: widths"),
+        ({"activation_bits": (17,)}, "activation_bits: widths"),
+        ({"renormalize": "maybe"}, "renormalize"),
+        ({"calibrate": "best"}, "calibrate"),
+        ({"data": []}, "it is empty"),
+        ({"data": [torch.zeros(3, 6)]}, "not a pair"),
+        ({"data": torch.zeros(3, 6)}, "no iterable of batches"),
+        ({"data": [(torch.tensor(1.0), 0)]}, "no tensor with a batch dimension"),
+        ({"model": nn.ReLU()}, "no Conv or Linear"),
+        ({"model": nn.Sequential(nn.LazyLinear(5))}, "not initialised"),
+        ({"model": "resnet"}, r"nn\.Module is needed"),
+    ],
+)
+def test_errors_say_what_to_do(change: dict[str, Any], match: str) -> None:
+    model, data = build("Shared", 0)
+    with pytest.raises(SmpqError, match=match):
+        smpq_ext.evaluator(**{"model": model, "data": data, "bits": BITS, **change})
+
+
+def test_a_shuffling_loader_draws_nothing_from_the_user() -> None:
+    model, data = build("Shared", 0)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data[0]), batch_size=4, shuffle=True)
+    before, python = torch.get_rng_state(), random.getstate()
+    ev = smpq_ext.evaluator(model, loader, bits=BITS)
+    assert torch.equal(before, torch.get_rng_state())
+    assert python == random.getstate()
+    assert len(ev.batches) == 3
