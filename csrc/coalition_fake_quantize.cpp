@@ -137,7 +137,7 @@ Family family(const char* op, const Args& args) {
 }
 
 template <class Kinds>
-void run(const char* op, const std::vector<Call>& calls) {
+void run([[maybe_unused]] const char* op, const std::vector<Call>& calls) {
   using Args = CoalitionArgs<typename Kinds::T, typename Kinds::C, typename Kinds::Z>;
   std::vector<Args> all;
   for (const Call& call : calls) {

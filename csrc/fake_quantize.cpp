@@ -102,7 +102,8 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(
   const Call call = check(op, x, scale, zero_point, quant_min, quant_max, bound_min, bound_max, axis, group_size);
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && shape_of(grad) == shape_of(x) && same_device(grad, x), op,
                   ": grad must have the dtype, shape and device of x");
-  const Tensor grad_dense = copy_as(grad, call.x);
+  const auto strides_of = [](const Tensor& t) { return std::vector<int64_t>(t.strides().begin(), t.strides().end()); };
+  const Tensor grad_dense = strides_of(grad) == strides_of(call.x) ? grad : copy_as(grad, call.x);
   Tensor grad_x = torch::stable::empty_like(call.x);
   const Shape3& s = call.shape;
   Tensor partial = with_scale ? new_float64(x, {2, s.outer, s.channels, pieces_per_run(s)}) : new_float64(x, {0});
@@ -115,8 +116,9 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(
                                                  with_scale ? mutable_data<double>(partial) : nullptr};
     launch(
         x, [&](void* stream) { cuda::fake_quantize_backward(args, stream); },
-        [&](int64_t first, int64_t last) { SMPQ_ON_CPU(fake_quantize_backward, args, first, last); }, piece_count(s),
-        std::max<int64_t>(1, (1 << 15) / std::min(s.inner + 1, kPiece)));
+        [&](int64_t first, int64_t last) { SMPQ_ON_CPU(fake_quantize_backward, args, first, last); },
+        with_scale ? piece_count(s) : s.elements(),
+        with_scale ? std::max<int64_t>(1, (1 << 15) / std::min(s.inner + 1, kPiece)) : 1 << 15);
   });
   if (!with_scale) return {grad_x, torch::stable::new_empty(scale, {0}), torch::stable::new_empty(scale, {0})};
   const auto total = [&](int64_t which) {

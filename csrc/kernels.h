@@ -81,8 +81,8 @@ const char* isa_name();
   namespace level {                                                                                                    \
   template <class T, class C, class Z>                                                                                 \
   void fake_quantize(const FakeQuantizeArgs<T, C, Z>&, int64_t first_element, int64_t last_element);                   \
-  template <class T, class C, class Z>                                                                                 \
-  void fake_quantize_backward(const FakeQuantizeBackwardArgs<T, C, Z>&, int64_t first_piece, int64_t last_piece);      \
+  template <class T, class C, class Z> /* units: pieces, or elements where `partial` is null */                        \
+  void fake_quantize_backward(const FakeQuantizeBackwardArgs<T, C, Z>&, int64_t first_unit, int64_t last_unit);        \
   template <class T, class C, class Z>                                                                                 \
   void coalition_fake_quantize(const CoalitionArgs<T, C, Z>&, const int64_t* child_begin, const int64_t* children,     \
                                int64_t first_block, int64_t last_block);                                               \

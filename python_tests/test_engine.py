@@ -21,7 +21,7 @@ from python_tests.random_models import CLASSES, MODELS, build
 from smpq_ext.core import Grid, SmpqError
 
 BITS = (2, 3, 8)
-slow = settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate], report_multiple_bugs=False)
+slow = settings(max_examples=400, deadline=None, derandomize=True, phases=[Phase.generate], report_multiple_bugs=False)
 names = st.sampled_from(sorted(MODELS))
 seeds = st.integers(0, 10_000)
 
@@ -118,6 +118,7 @@ def test_chunks_never_change_values(name: str, seed: int, renormalize: bool) -> 
     assert name == "TimeFirst" or wide.rows_per_batch > 1
     rows = random_assignments(wide, 6, seed)
     together = wide(rows)
+    # GELU and exp round by an element's place in the tensor; without them all would be bit-equal.
     np.testing.assert_allclose(narrow(rows), together, rtol=1e-6)
     np.testing.assert_allclose([wide(r[None])[0] for r in rows], together, rtol=1e-6)
     assert (wide(rows[[3, 3, 0]]) == wide(rows[[0, 3, 3]])[::-1]).all()

@@ -317,6 +317,6 @@ def test_what_does_not_fit_is_said(device: str) -> None:
 def test_a_parent_that_is_not_there_is_refused_on_the_cpu() -> None:
     low, high = ops.bounds(torch.tensor([2], dtype=torch.int32))
     with pytest.raises(RuntimeError, match=r"parent\[1\] is 5"):
-        smpq_ext.coalition_fake_quantize(
-            torch.ones(2, 3), torch.ones(1), None, low, high, torch.ones(2, 1), parent=torch.tensor([0, 5])
+        torch.ops.smpq.coalition_fake_quantize(
+            torch.ones(2, 3), torch.ones(1), None, low, high, torch.ones(2, 1), None, torch.tensor([0, 5])
         )

@@ -116,7 +116,8 @@ def coalition_fake_quantize(
 
     scale, zero_point: [candidates], or [candidates, channels] with `axis`; quant_min, quant_max: int32 [candidates];
     mixtures: float32 [n, candidates], one-hot for an assignment. Returns [n, *x.shape].
-    With `parent`, int64 [n], x is [parents, ...] and row i descends from x[parent[i]]; returns [n, *x.shape[1:]].
+    With `parent`, int64 [n], x is [parents, ...] and row i descends from x[parent[i]]; returns [n, *x.shape[1:]]. A
+    parent that is not there is an error on the CPU and a row of NaN on CUDA, where looking would wait for the device.
     `axis` counts the dimensions of one row, so it is the same with and without `parent`.
     Gradients flow to x (straight-through) and mixtures.
 
@@ -343,6 +344,19 @@ def _fake_quantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
 
 
 torch.library.register_autograd("smpq::fake_quantize", _fake_quantize_backward, setup_context=_save_fake_quantize)
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[1:6])
+    ctx.settings = inputs[6:10]
+
+
+def _double_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    """grad_x is linear in grad, with the same mask; through scale and zero point there is no second derivative."""
+    return _smpq.fake_quantize_backward(grad, *ctx.saved_tensors, *ctx.settings, False)[0], *[None] * 10
+
+
+torch.library.register_autograd("smpq::fake_quantize_backward", _double_backward, setup_context=_save_backward)
 
 
 def _save_coalition(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -52,47 +52,91 @@ Period<C> make_period(const FakeQuantizeArgs<T, C, Z>& a) {
   return p;
 }
 
-template <class Z, bool exact, class T, class C>
-void run_period(const T* __restrict x, T* __restrict y, int64_t n, const Period<C>& p, int64_t start) {
+// y[i] = f(x[i], the grid of element i); `exact` is known outside, so that the loop has no branch.
+template <bool exact, class T, class C, class F>
+void run_period(const T* __restrict x, T* __restrict y, int64_t n, const Period<C>& p, int64_t start, F f) {
   const C* __restrict inv_scale = p.inv_scale.data() + start;
   const C* __restrict scale = p.scale.data() + start;
   const C* __restrict zero_point = p.zero_point.data() + start;
   const C* __restrict quant_min = p.quant_min.data() + start;
   const C* __restrict quant_max = p.quant_max.data() + start;
   for (int64_t i = 0; i < n; ++i) {
-    const Grid<C> g{inv_scale[i], scale[i], zero_point[i], quant_min[i], quant_max[i], exact};
-    const C code = clamp_code(raw_code<Z>(to_compute(x[i]), g), g);
-    y[i] = Convert<T>::from(exact ? dequantize(code, g) : dequantize_inexact(code, g));
+    y[i] = f(x[i], i, Grid<C>{inv_scale[i], scale[i], zero_point[i], quant_min[i], quant_max[i], exact});
   }
+}
+
+// The gradient of x where it stays, 0 where the code was clamped.
+template <class Z, class T, class C>
+SMPQ_HD T pass_gradient(T x, T grad, const Grid<C>& g) {
+  const C raw = raw_code<Z>(to_compute(x), g);
+  return Convert<T>::from(to_compute(grad) * C(raw >= g.quant_min && raw <= g.quant_max));
 }
 
 constexpr int64_t kShortRun = 64;
 constexpr int64_t kLongestPeriod = 1 << 14;  // beyond, the tables would leave the cache
 
+// Whether the grids are read element by element.
+bool has_short_runs(const Shape3& s) {
+  return s.channels > 1 && s.inner < kShortRun && s.channels * s.inner <= kLongestPeriod;
+}
+
+// Calls f(begin, end, channel) for each part of the elements [first, last) that lies in one channel.
+template <class F>
+void for_each_run(const Shape3& s, int64_t first, int64_t last, F&& f) {
+  for (int64_t i = first; i < last;) {
+    const int64_t end = std::min(last, (i / s.inner + 1) * s.inner);
+    f(i, end, i / s.inner % s.channels);
+    i = end;
+  }
+}
+
+// Calls f(begin, end, start in the period) for each part of [first, last) that lies in one period.
+template <class F>
+void for_each_period(int64_t period, int64_t first, int64_t last, F&& f) {
+  for (int64_t i = first; i < last;) {
+    const int64_t start = i % period, end = std::min(last, i + period - start);
+    f(i, end, start);
+    i = end;
+  }
+}
+
 }  // namespace
 
 template <class T, class C, class Z>
 void fake_quantize(const FakeQuantizeArgs<T, C, Z>& a, int64_t first, int64_t last) {
-  const int64_t period = a.shape.channels * a.shape.inner;
-  if (a.shape.channels > 1 && a.shape.inner < kShortRun && period <= kLongestPeriod) {
-    const Period<C> p = make_period(a);
-    for (int64_t i = first; i < last;) {
-      const int64_t start = i % period, n = std::min(period - start, last - i);
-      p.exact ? run_period<Z, true>(a.x + i, a.y + i, n, p, start) : run_period<Z, false>(a.x + i, a.y + i, n, p, start);
-      i += n;
-    }
-    return;
+  if (!has_short_runs(a.shape)) {
+    return for_each_run(a.shape, first, last, [&](int64_t i, int64_t end, int64_t channel) {
+      run<Z>(a.x + i, a.y + i, end - i, grid_of(a, channel));
+    });
   }
-  for (int64_t i = first; i < last;) {
-    const int64_t end = std::min(last, (i / a.shape.inner + 1) * a.shape.inner);
-    run<Z>(a.x + i, a.y + i, end - i, grid_of(a, i / a.shape.inner % a.shape.channels));
-    i = end;
-  }
+  const Period<C> p = make_period(a);
+  const auto one = [](T x, int64_t, const Grid<C>& g) { return Convert<T>::from(fake_quantize_one<Z>(to_compute(x), g)); };
+  for_each_period(a.shape.channels * a.shape.inner, first, last, [&](int64_t i, int64_t end, int64_t start) {
+    p.exact ? run_period<true>(a.x + i, a.y + i, end - i, p, start, one)
+            : run_period<false>(a.x + i, a.y + i, end - i, p, start, one);
+  });
 }
 
 template <class T, class C, class Z>
 void fake_quantize_backward(const FakeQuantizeBackwardArgs<T, C, Z>& b, int64_t first, int64_t last) {
   const FakeQuantizeArgs<T, C, Z>& a = b.forward;
+  if (!b.partial && has_short_runs(a.shape)) {
+    const Period<C> p = make_period(a);
+    return for_each_period(a.shape.channels * a.shape.inner, first, last, [&](int64_t i, int64_t end, int64_t start) {
+      const T* __restrict grad = b.grad + i;
+      run_period<true>(a.x + i, b.grad_x + i, end - i, p, start,
+                       [grad](T x, int64_t k, const Grid<C>& g) { return pass_gradient<Z>(x, grad[k], g); });
+    });
+  }
+  if (!b.partial) {
+    return for_each_run(a.shape, first, last, [&](int64_t i, int64_t end, int64_t channel) {
+      const Grid<C> g = grid_of(a, channel);
+      const T* __restrict x = a.x;
+      const T* __restrict grad = b.grad;
+      T* __restrict grad_x = b.grad_x;
+      for (; i < end; ++i) grad_x[i] = pass_gradient<Z>(x[i], grad[i], g);
+    });
+  }
   const int64_t per_run = pieces_per_run(a.shape), pieces = piece_count(a.shape);
   constexpr int kLanes = 16;
   for (int64_t piece = first; piece < last; ++piece) {
@@ -103,13 +147,6 @@ void fake_quantize_backward(const FakeQuantizeBackwardArgs<T, C, Z>& b, int64_t 
     const T* __restrict x = a.x + start;
     const T* __restrict grad = b.grad + start;
     T* __restrict grad_x = b.grad_x + start;
-    if (!b.partial) {
-      for (int64_t i = 0; i < n; ++i) {
-        const C raw = raw_code<Z>(to_compute(x[i]), g);
-        grad_x[i] = Convert<T>::from(to_compute(grad[i]) * C(raw >= g.quant_min && raw <= g.quant_max));
-      }
-      continue;
-    }
     C scale[kLanes] = {}, zero_point[kLanes] = {};
     for (int64_t i = 0; i < n; i += kLanes) {
       const int64_t lanes = std::min<int64_t>(kLanes, n - i);

@@ -19,6 +19,9 @@ QUANTIZER = "activation_quantizer"  # the name of the child that every layer wit
 class FakeQuantize(nn.Module):
     """Rounds what enters a layer to a grid; the grid is in the state dict."""
 
+    scale: Tensor
+    zero_point: Tensor
+
     def __init__(self, grid: Grid, device: torch.device) -> None:
         super().__init__()
         scale, zero_point = _tensors(grid, device)
@@ -48,7 +51,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         module = _module(copied, layer)
         weight = module._parameters.get("weight")
         if weight is None or kind not in ("weight", "activation"):
-            raise SmpqError(f"plan: {slot} names no weight or activation of this model; the plan was made for another one")
+            raise SmpqError(f"plan: {slot} is no weight or activation of this model; it was made for another one")
         if width == FLOAT_BITS:
             continue
         grid = plan.grids.get(slot)
@@ -73,7 +76,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     for name, (mean, var) in plan.statistics.items():
         norm = _module(copied, name)
         if not isinstance(norm, _BatchNorm) or norm.num_features != len(mean):
-            raise SmpqError(f"plan: {name!r} is no BatchNorm of {len(mean)} channels; the plan was made for another model")
+            raise SmpqError(f"plan: {name!r} is no BatchNorm of {len(mean)} channels; it was made for another model")
         like = norm.running_mean if norm.running_mean is not None else norm.weight
         device = torch.device("cpu") if like is None else like.device
         norm.running_mean = torch.from_numpy(np.array(mean, np.float32)).to(device)
@@ -105,4 +108,5 @@ def _tensors(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
     """Scale and zero point; a whole zero point is an integer, which is added after rounding."""
     zero = np.array(grid.zero_point, np.float32)
     whole = (zero == np.round(zero)).all()
-    return torch.tensor(grid.scale, device=device), torch.tensor(zero.astype(np.int32) if whole else zero, device=device)
+    zero_point = torch.tensor(zero.astype(np.int32) if whole else zero, device=device)
+    return torch.tensor(grid.scale, device=device), zero_point

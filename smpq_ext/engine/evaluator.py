@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import smpq_ext
 from smpq_ext.core import FLOAT_BITS, Assignments, Grid, Mixtures, Slot, SmpqError, Space, Values
 from smpq_ext.engine import losses, samples
-from smpq_ext.engine.executor import Executor, Meter, free_memory
+from smpq_ext.engine.executor import MERGE, Executor, Meter, free_memory
 from smpq_ext.engine.grids import SAMPLE, Calibrate, Grids, Observed, activation_grids, weight_grids
 from smpq_ext.engine.layers import Layer, check_weights, duplicate, find, quiet
 from smpq_ext.engine.samples import Batch
@@ -63,7 +64,7 @@ def evaluator(
 class TorchEvaluator:
     """Assignments [n, slots] or mixtures [n, slots, candidates] to values [n]; made by `evaluator`."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917
         self,
         model: nn.Module,
         data: Iterable[tuple[Any, Any]],
@@ -76,7 +77,9 @@ class TorchEvaluator:
         calibrate: Calibrate,
     ) -> None:
         weight_bits = _widths("bits", bits)
-        activation_widths = weight_bits if activation_bits is None else _widths("activation_bits", activation_bits, empty=True)
+        activation_widths = weight_bits
+        if activation_bits is not None:
+            activation_widths = _widths("activation_bits", activation_bits, empty=True)
         self.model = model
         self.device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         self.notes: tuple[str, ...] = ()
@@ -107,12 +110,11 @@ class TorchEvaluator:
             self._folds = self._fold_works(batches[0])
             if not self._folds:
                 self.notes += (
-                    "the model mixes samples, or does not keep them in the first dimension: coalitions run one at a time",
+                    "the model mixes samples, or their dimension is not the first: coalitions run one at a time",
                 )
             if self.loss_fn is losses.kl:
-                batches = tuple(
-                    Batch(b.inputs, losses.log_probabilities(self._executor.forward(b, 0, b.size)), b.size) for b in batches
-                )
+                reference = [losses.log_probabilities(self._executor.forward(b, 0, b.size)) for b in batches]
+                batches = tuple(Batch(b.inputs, r, b.size) for b, r in zip(batches, reference, strict=True))
         self._identity = self._model_digest(layers, losses.identity(self.loss_fn))
         self._bind(batches)
 
@@ -134,7 +136,7 @@ class TorchEvaluator:
         with quiet(self.device):
             for first in range(0, len(distinct), self.rows_per_batch):
                 chunk = distinct[first : first + self.rows_per_batch]
-                with _loaded(self, chunk):
+                with _Loaded(self, chunk):
                     loss = self._losses()
                     if not np.isfinite(loss).all():
                         self._complain(loss, chunk, [int(np.argmax(index == first + r)) for r in range(len(chunk))])
@@ -142,10 +144,10 @@ class TorchEvaluator:
         return out[index]
 
     def statistics(self, assignment: Assignments) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-        """Mean and biased variance of every re-estimated BatchNorm at an assignment [slots]; empty without renormalize."""
+        """Mean and biased variance of every re-estimated BatchNorm at an assignment [slots]."""
         if not self.renormalize:
             return {}
-        with quiet(self.device), _loaded(self, self._rows(np.asarray(assignment)[None])):
+        with quiet(self.device), _Loaded(self, self._rows(np.asarray(assignment)[None])):
             found = self._executor.statistics = {}
             try:
                 for batch in self._run_batches:
@@ -165,7 +167,8 @@ class TorchEvaluator:
         Raises SmpqError where a width is missing or is no candidate.
         """
         found = {}
-        for slot, widths in (*zip(self.space.slots, self.space.candidates, strict=True), *((s, (w,)) for s, w in self.space.fixed)):
+        searched = zip(self.space.slots, self.space.candidates, strict=True)
+        for slot, widths in (*searched, *((slot, (width,)) for slot, width in self.space.fixed)):
             width = bits.get(slot.name, widths[0] if len(widths) == 1 else None)
             if width not in widths:
                 raise SmpqError(f"bits: {slot.name} has the candidates {widths}, not {width}")
@@ -188,7 +191,7 @@ class TorchEvaluator:
 
     def _subset(self, kept: NDArray[np.bool_]) -> TorchEvaluator:
         edges = np.cumsum([0, *(b.size for b in self.batches)])
-        index = [torch.from_numpy(np.flatnonzero(kept[i:j])) for i, j in zip(edges, edges[1:], strict=False)]
+        index = [torch.from_numpy(np.flatnonzero(kept[i:j])) for i, j in itertools.pairwise(edges)]
         other = copy.copy(self)
         other.peak_bytes = 0
         other._bind(tuple(b.take(k) for b, k in zip(self.batches, index, strict=True) if len(k)))
@@ -204,7 +207,8 @@ class TorchEvaluator:
             self._run_batches = (samples.concatenate(batches),)
             offset = np.cumsum([0, *(b.size for b in batches)])
             self._parts = tuple(
-                samples.Part(0, int(p.start + offset[p.batch]), int(p.stop + offset[p.batch]), p.group) for p in self._parts
+                samples.Part(0, int(offset[p.batch]) + p.start, int(offset[p.batch]) + p.stop, p.group)
+                for p in self._parts
             )
         data = samples.digest([(b.inputs, None if self.loss_fn is losses.kl else b.targets, b.size) for b in batches])
         self.fingerprint = hashlib.sha256(f"{self._identity}{data}{self.renormalize}".encode()).hexdigest()
@@ -219,7 +223,7 @@ class TorchEvaluator:
         """How many rows and samples one forward takes, from the bytes that a single row of few samples occupies."""
         batch = max(self._run_batches, key=lambda b: b.size)
         few = batch.size if not self._folds else min(batch.size, 4)
-        with _loaded(self, self._rows(self.space.highest()[None])), Meter() as meter:
+        with _Loaded(self, self._rows(self.space.highest()[None])), Meter() as meter:
             outputs = self._executor.forward(batch, 0, few)
         result = sum(x.numel() * x.element_size() for x in tree_leaves(outputs) if isinstance(x, Tensor))
         sample_bytes = -(-meter.peak // few)
@@ -228,7 +232,7 @@ class TorchEvaluator:
         if self.device.type == "cpu":
             images = min(images, CACHE // max(1, meter.largest // few))
         largest = max(b.size for b in self._run_batches)
-        self._samples = largest if self.renormalize or not self._folds else max(1, min(images, largest))
+        self._samples = largest if self.renormalize or not self._folds else max(MERGE, min(images, largest))
         weights = sum(layer.source.nbytes for layer in self._executor.layers if layer.weight)
         self._row_bytes = self._samples * sample_bytes + largest * -(-result // few) + weights
         rows = min(images // self._samples, memory // self._row_bytes)
@@ -237,13 +241,12 @@ class TorchEvaluator:
     # One chunk of rows.
 
     def _losses(self, model: nn.Module | None = None) -> NDArray[np.float64]:
-        """The loss of every loaded row and part, [rows, parts]; of the float model, or of `model`, where none is loaded."""
+        """The loss of every loaded row and part, [rows, parts]; where none is loaded, of the float model or `model`."""
         n = max(1, self._executor.rows)
         out: list[Tensor] = []
         for b, batch in enumerate(self._run_batches):
             pieces = []
-            for start in range(0, batch.size, self._samples):
-                stop = min(start + self._samples, batch.size)
+            for start, stop in samples.pieces(batch.size, self._samples, MERGE):
                 outputs = self._executor.forward(batch, start, stop, model)
                 pieces.append(tree_map(lambda x, size=stop - start: _per_row(x, n, size), outputs))
             rows = pieces[0] if len(pieces) == 1 else tree_map(_join, *pieces)
@@ -277,7 +280,9 @@ class TorchEvaluator:
             self._executor.load(self._by_slot(chunk[row : row + 1]))
         where = self._executor.first_non_finite(batch, 0, batch.size)
         what = "of the float model" if chunk is None else f"of row {index[row]}"
-        why = f"the first activation with NaN or infinity leaves {where}" if where else "every activation is finite, the loss itself is not"
+        why = "every activation is finite, the loss itself is not"
+        if where:
+            why = f"the first activation with NaN or infinity leaves {where}"
         raise SmpqError(f"loss: the loss {what} is {loss[row, k]}; {why}")
 
     def _rows(self, mixtures: NDArray[Any]) -> NDArray[np.float32]:
@@ -320,7 +325,7 @@ class TorchEvaluator:
             return False
 
     def _fold_works(self, batch: Batch) -> bool:
-        """Whether the first dimension is the batch wherever a layer or norm quantizes: run together equals run apart."""
+        """Whether the first dimension is the batch wherever a layer or norm runs: run together equals run apart."""
         half = min(max(1, batch.size // 2), 4)
         seen: list[Tensor] = []
         owners = [layer.module for layer in self._executor.layers]
@@ -356,7 +361,7 @@ class TorchEvaluator:
         return sha.hexdigest()
 
 
-class _loaded:
+class _Loaded:
     """The executor with these rows, given back as it was, also after an exception."""
 
     def __init__(self, owner: TorchEvaluator, rows: NDArray[np.float32]) -> None:
@@ -383,16 +388,17 @@ def _widths(name: str, bits: Sequence[int], empty: bool = False) -> tuple[int, .
 
 
 def _space(
-    layers: list[Layer], weight_bits: tuple[int, ...], activation_bits: tuple[int, ...], fixed: Mapping[str, int | str] | None
+    layers: list[Layer],
+    weight_bits: tuple[int, ...],
+    activation_bits: tuple[int, ...],
+    fixed: Mapping[str, int | str] | None,
 ) -> Space:
     """The searched and the fixed slots; weights of one Parameter are tied, and its elements counted once."""
     slots: list[Slot] = []
     for layer in layers:
         own = layer.shares is None
         weight = layer.weight
-        slots.append(
-            Slot(layer.name, "weight", weight.numel() * own, layer.macs, weight.shape[layer.axis] * own)
-        )
+        slots.append(Slot(layer.name, "weight", weight.numel() * own, layer.macs, weight.shape[layer.axis] * own))
         slots.append(Slot(layer.name, "activation", layer.elements, layer.macs, 1))
     if fixed is None:
         fixed = {layers[0].name: 8, layers[-1].name: 8}
@@ -406,9 +412,9 @@ def _space(
     width: dict[str, int] = {}
     for slot in slots:
         weightless = slot.kind == "activation" and not activation_bits
-        value = fixed.get(slot.name, "float" if weightless else fixed.get(slot.layer))
-        if value is not None:
-            width[slot.name] = FLOAT_BITS if value == "float" else int(value)
+        wanted = fixed.get(slot.name) or ("float" if weightless else fixed.get(slot.layer))
+        if wanted is not None:
+            width[slot.name] = FLOAT_BITS if wanted == "float" else int(wanted)
     for slot in slots:  # a fixed weight fixes all that share its Parameter
         if slot.kind == "weight" and slot.name in width:
             for other in (s for s in slots if s.kind == "weight" and owner[s.layer] == owner[slot.layer]):
@@ -438,7 +444,9 @@ def _observe(model: nn.Module, layers: list[Layer], batches: tuple[Batch, ...]) 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if not torch.isfinite(args[0]).all():
-                raise SmpqError(f"model: what enters layer {name!r} holds NaN or infinity; look at the data, or at the layers before")
+                raise SmpqError(
+                    f"model: what enters layer {name!r} holds NaN or infinity; look at the data, or the layers before"
+                )
             seen[name].add(args[0], share)
 
         return hook
@@ -454,7 +462,9 @@ def _observe(model: nn.Module, layers: list[Layer], batches: tuple[Batch, ...]) 
     return seen
 
 
-def _calibrate(layers: list[Layer], space: Space, seen: Mapping[str, Observed], calibrate: Calibrate) -> dict[str, Grids]:
+def _calibrate(
+    layers: list[Layer], space: Space, seen: Mapping[str, Observed], calibrate: Calibrate
+) -> dict[str, Grids]:
     """The grids of every slot that is not float."""
     widths = {s.name: c for s, c in zip(space.slots, space.candidates, strict=True)}
     widths |= {s.name: (w,) for s, w in space.fixed if w != FLOAT_BITS}

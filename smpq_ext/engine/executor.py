@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,6 +20,10 @@ from smpq_ext.engine.grids import Grids
 from smpq_ext.engine.layers import Layer
 from smpq_ext.engine.samples import Batch, call
 
+# From so many samples on, oneDNN's and MKL's products give a sample the same bits whatever the batch size (measured).
+# Below it, each row is multiplied alone, so that its value does not depend on the rows beside it.
+MERGE = 8
+
 
 class Executor:
     """A copy of the model whose layers quantize for the rows that `load` was given last.
@@ -28,8 +31,11 @@ class Executor:
     `grids` [slot name] holds the quantized slots, searched or fixed; a layer without an entry stays float.
     """
 
-    def __init__(self, model: nn.Module, layers: list[Layer], grids: Mapping[str, Grids], norms: tuple[str, ...]) -> None:
+    def __init__(
+        self, model: nn.Module, layers: list[Layer], grids: Mapping[str, Grids], norms: tuple[str, ...]
+    ) -> None:
         self.model = model
+        self.parent = torch.empty(0, dtype=torch.int64)  # [rows]: every row descends from itself
         self.rows = 0  # 0: the float model
         self.renormalize = False
         self.statistics: dict[str, tuple[Tensor, Tensor]] | None = None  # filled by the norms while it is a dict
@@ -42,29 +48,25 @@ class Executor:
         """Prepare the rows: mixtures [n, candidates] of every quantized slot. All weights are quantized in one call."""
         self.rows = len(next(iter(mixtures.values())))
         self.parent = torch.arange(self.rows, device=self.layers[0].source.device)
-        weighted = [layer for layer in self.layers if layer.weight is not None]
+        weighted = [(layer, layer.weight) for layer in self.layers if layer.weight is not None]
         distinct = []
-        for layer in weighted:
+        for layer, _ in weighted:
             rows, index = np.unique(mixtures[f"{layer.name}.weight"], axis=0, return_inverse=True)
             layer.variant = index.reshape(-1).tolist()
             distinct.append(torch.from_numpy(rows).to(layer.source.device))
-        floating = any(layer.weight.zero_point.is_floating_point() for layer in weighted)
-        by_type: dict[torch.dtype, list[int]] = {}
-        for k, layer in enumerate(weighted):
-            by_type.setdefault(layer.source.dtype, []).append(k)
-        for ks in by_type.values():
-            grids = [weighted[k].weight for k in ks]
-            variants = ops.coalition_fake_quantize_list(
-                [weighted[k].source for k in ks],
-                [g.scale for g in grids],
-                [g.zero_point.to(g.scale.dtype) for g in grids] if floating else [],
-                [g.quant_min for g in grids],
-                [g.quant_max for g in grids],
-                [distinct[k] for k in ks],
-                axis=0,
-            )
-            for k, v in zip(ks, variants, strict=True):
-                weighted[k].variants = v.movedim(1, weighted[k].axis + 1)
+        grids = [g for _, g in weighted]
+        floating = any(g.zero_point.is_floating_point() for g in grids)
+        quantized = ops.coalition_fake_quantize_list(
+            [layer.source for layer, _ in weighted],
+            [g.scale for g in grids],
+            [g.zero_point.to(g.scale.dtype) for g in grids] if floating else [],
+            [g.quant_min for g in grids],
+            [g.quant_max for g in grids],
+            distinct,
+            axis=0,
+        )
+        for (layer, _), variants in zip(weighted, quantized, strict=True):
+            layer.variants = variants.movedim(1, layer.axis + 1)
         for layer in self.layers:
             if layer.activation is not None:
                 layer.mixtures = torch.from_numpy(mixtures[f"{layer.name}.activation"]).to(layer.source.device)
@@ -73,7 +75,7 @@ class Executor:
         """Back to the float model, without the variants."""
         self.rows = 0
         for layer in self.layers:
-            layer.variants = layer.mixtures = None
+            layer.variants = layer.mixtures = torch.empty(0)
 
     def forward(self, batch: Batch, start: int, stop: int, model: nn.Module | None = None) -> Any:
         """The outputs for samples [start, stop) of the batch, [rows * samples, ...]; one row where nothing is loaded.
@@ -110,23 +112,23 @@ class _QuantizedLayer:
     """Takes the place of a layer's forward in the copy."""
 
     def __init__(self, executor: Executor, layer: Layer, grids: Mapping[str, Grids]) -> None:
-        self.executor, self.name, self.module, self.axis = executor, layer.name, layer.module, layer.axis
+        self.executor, self.name, self.axis = executor, layer.name, layer.axis
+        self.module: Any = layer.module
         self.weight, self.activation = grids.get(f"{layer.name}.weight"), grids.get(f"{layer.name}.activation")
         self.source = layer.weight.movedim(layer.axis, 0)
-        self.variants: Tensor | None = None  # [variants, *weight.shape]
+        self.variants = torch.empty(0)  # [variants, *weight.shape]
         self.variant: list[int] = []  # the variant of each row
-        self.mixtures: Tensor | None = None  # [n, candidates]
-        module, kind = layer.module, type(layer.module).forward
-        own = "forward" in vars(module)
-        plain = not own and isinstance(getattr(module, "padding", ()), tuple) and getattr(module, "padding_mode", "zeros") == "zeros"
-        self.linear = plain and kind is nn.Linear.forward
-        self.conv2d = plain and kind is nn.Conv2d.forward
+        self.mixtures = torch.empty(0)  # [n, candidates]
+        module = layer.module
+        kind = None if "forward" in vars(module) else type(module).forward
+        self.linear = kind is nn.Linear.forward
+        self.conv2d = kind is nn.Conv2d.forward and module.padding_mode == "zeros" and isinstance(module.padding, tuple)
         self.original = module.forward
         module.forward = self  # type: ignore[method-assign, assignment]
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         n = self.executor.rows
-        if n == 0 or (self.weight is None and self.activation is None):
+        if n == 0:
             return self.original(x, *args, **kwargs)
         rows = x.unflatten(0, (n, -1)) if n > 1 else x.unsqueeze(0)
         if self.activation is not None:
@@ -134,13 +136,17 @@ class _QuantizedLayer:
             rows = ops.coalition_fake_quantize(
                 rows, g.scale, g.zero_point, g.quant_min, g.quant_max, self.mixtures, parent=self.executor.parent
             )
-        if self.weight is None:
-            return self.original(rows.flatten(0, 1) if n > 1 else rows[0], *args, **kwargs)
         m = self.module
-        if self.linear:
+        products = rows[0].numel() // rows.shape[-1] if self.linear else len(rows[0])
+        if n > 1 and products < MERGE:
+            out = self._each(rows, args, kwargs)
+        elif self.weight is None:
+            return self.original(rows.flatten(0, 1) if n > 1 else rows[0], *args, **kwargs)
+        elif self.linear:
             out = ops.coalition_linear(rows, self.variants, m.bias, self.variant)
         elif self.conv2d and rows.dim() == 5:
-            out = ops.coalition_conv2d(rows, self.variants, m.bias, self.variant, m.stride, m.padding, m.dilation, m.groups)
+            geometry = m.stride, m.padding, m.dilation, m.groups
+            out = ops.coalition_conv2d(rows, self.variants, m.bias, self.variant, *geometry)
         else:
             out = self._each(rows, args, kwargs)
         return out.flatten(0, 1) if n > 1 else out[0]
@@ -151,8 +157,9 @@ class _QuantizedLayer:
         own = parameters["weight"]
         try:
             out = []
-            for row, variant in zip(rows, self.variant, strict=True):
-                parameters["weight"] = self.variants[variant]  # type: ignore[index, assignment]
+            for k, row in enumerate(rows):
+                if self.weight is not None:
+                    parameters["weight"] = self.variants[self.variant[k]]
                 out.append(self.original(row, *args, **kwargs))
         finally:
             parameters["weight"] = own
@@ -163,7 +170,8 @@ class _RowNorm:
     """Takes the place of a BatchNorm's forward in the copy: while renormalizing, each row has its own statistics."""
 
     def __init__(self, executor: Executor, name: str, module: nn.Module) -> None:
-        self.executor, self.name, self.module, self.original = executor, name, module, module.forward
+        self.executor, self.name, self.original = executor, name, module.forward
+        self.module: Any = module
         module.forward = self  # type: ignore[method-assign, assignment]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -214,7 +222,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

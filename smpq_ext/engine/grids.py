@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from smpq_ext import ops
-from smpq_ext.core import Grid, SmpqError
+from smpq_ext.core import Grid
 
 Calibrate = Literal["mse", "minmax", "percentile"]
 SAMPLE = 1 << 18  # elements of an activation that the search looks at
@@ -72,8 +72,8 @@ def weight_grids(weight: Tensor, axis: int, widths: tuple[int, ...], calibrate: 
         least = (top / high.clamp(min=1)[:, None]).expand(len(widths), -1)
     else:
         top, bottom = w.amax(1).clamp(min=0), w.amin(1).clamp(max=0)
-        least = torch.maximum(top / high.clamp(min=1)[:, None], bottom / low[:, None])  # [widths, channels], no clipping
-    scale = least
+        least = torch.maximum(top / high.clamp(min=1)[:, None], bottom / low[:, None])  # nothing is clipped
+    scale = least  # [widths, channels]
     if calibrate == "mse":
         for ratios in (COARSE, FINE):
             tried = scale.unsqueeze(1) * ratios.to(w.device)[:, None]  # [widths, ratios, channels]
@@ -83,11 +83,13 @@ def weight_grids(weight: Tensor, axis: int, widths: tuple[int, ...], calibrate: 
     scale = torch.where(one_bit, 2 * w.abs().mean(1), scale)
     scale = torch.where(scale > 0, scale, 1.0)  # an all-zero channel: any step gives 0
     zero = torch.zeros_like(scale, dtype=torch.int32)
-    return Grids(scale, torch.where(one_bit, -0.5, 0.0).expand_as(scale).clone() if 1 in widths else zero, low, high, axis)
+    if 1 in widths:
+        zero = torch.where(one_bit, -0.5, 0.0).expand_as(scale).contiguous()
+    return Grids(scale, zero, low, high, axis)
 
 
 def activation_grids(seen: Observed, widths: tuple[int, ...], calibrate: Calibrate) -> Grids:
-    """Grids per tensor, codes [0, 2^b - 1]: zero point 0 where nothing is negative, else an integer within the codes."""
+    """Grids per tensor, codes [0, 2^b - 1]: zero point 0 where nothing is negative, else an integer code."""
     assert seen.sample is not None
     x = seen.sample
     low, high = _bounds(widths, signed=False, device=x.device)
@@ -116,7 +118,9 @@ def _affine(clip: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return scale, zero
 
 
-def _errors(x: Tensor, scale: Tensor, zero: Tensor | None, low: Tensor, high: Tensor, axis: int | None) -> Tensor:
+def _errors(  # noqa: PLR0917
+    x: Tensor, scale: Tensor, zero: Tensor | None, low: Tensor, high: Tensor, axis: int | None
+) -> Tensor:
     """Squared error of the grids scale [widths, ratios, ...], in its shape, in one call."""
     ratios = scale.shape[1]
     error = ops.quantization_error(

@@ -81,7 +81,7 @@ def duplicate(model: nn.Module, share: bool) -> nn.Module:
     try:
         return copy.deepcopy(model, memo).eval()
     except Exception as error:
-        raise SmpqError(f"model: copy.deepcopy fails ({type(error).__name__}: {error}); make the model copyable") from error
+        raise SmpqError(f"model: it cannot be copied by copy.deepcopy ({type(error).__name__}: {error})") from error
 
 
 def channel_axis(module: nn.Module) -> int:
@@ -151,17 +151,17 @@ def find(model: nn.Module, batch: Batch) -> tuple[list[Layer], dict[str, str], d
             if not isinstance(module._parameters.get("weight"), nn.Parameter):
                 reason = "its weight is computed, not a parameter; remove the parametrization or weight norm first"
             elif module not in elements:
-                reason = "it never ran through forward on the first batch"
+                reason = "it never ran through forward, with its input as first argument, on the first batch"
         if reason:
             left_out[name] = reason
             elements.pop(module, None)
     layers: list[Layer] = []
     owner: dict[int, str] = {}
-    for module in elements:
+    for module, count in elements.items():
         name, weight = names[module], module.weight
         first = owner.setdefault(id(weight), name)
         shares = None if first == name else first
-        layers.append(Layer(name, module, channel_axis(module), elements[module], macs[module], shares))
+        layers.append(Layer(name, module, channel_axis(module), count, macs[module], shares))
     if not layers:
         why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "it has no Conv or Linear module"
         raise SmpqError(f"model: no layer to quantize ({why})")

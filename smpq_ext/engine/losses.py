@@ -24,8 +24,8 @@ def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
     if not isinstance(outputs, Tensor) or outputs.shape[:-1] != targets.shape:
         shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise SmpqError(
-            f"loss: cross-entropy wants outputs [..., classes] for targets {tuple(targets.shape)}, the model gives {shape}; "
-            f"change the model's output, {OWN}"
+            f"loss: cross-entropy wants outputs [..., classes] for targets {tuple(targets.shape)}, "
+            f"the model gives {shape}; change the model's output, {OWN}"
         )
     try:
         return F.cross_entropy(outputs.reshape(-1, outputs.shape[-1]).float(), targets.reshape(-1).long())
@@ -41,7 +41,7 @@ def kl(outputs: Any, reference: Tensor) -> Tensor:
 
 def log_probabilities(outputs: Any) -> Tensor:
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
-        raise SmpqError(f"loss: 'kl' wants the model to give one tensor [..., classes], not a {type(outputs).__name__}; {OWN}")
+        raise SmpqError(f"loss: 'kl' wants one tensor [..., classes] of outputs, not {type(outputs).__name__}; {OWN}")
     return F.log_softmax(outputs.float(), dim=-1)
 
 
@@ -72,13 +72,13 @@ def identity(loss: Any) -> str:
         state = [(name, value.tolist()) for name, value in loss.state_dict().items()]
         return f"{type(loss).__module__}.{loss!r} {state}"
     if inspect.ismethod(loss):
-        return f"{identity(loss.__func__)} of {_plain(vars(loss.__self__)) if hasattr(loss.__self__, '__dict__') else ''}"
+        return f"{identity(loss.__func__)} of {_plain(getattr(loss.__self__, '__dict__', None))}"
     if not inspect.isroutine(loss):
         return f"{type(loss).__module__}.{type(loss).__qualname__} {_plain(getattr(loss, '__dict__', None))}"
     name = f"{loss.__module__}.{loss.__qualname__}"
-    code = getattr(loss, "__code__", None)
-    if code is None:
+    if not inspect.isfunction(loss):
         return name
+    code = loss.__code__
     try:
         text = inspect.getsource(loss)
     except (OSError, TypeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,14 +42,14 @@ class Batch:
         """The samples at these sorted indices, int64 [k]."""
 
         def pick(leaf: Any) -> Any:
-            if self._per_sample(leaf):
-                return leaf[index.to(leaf.device)]
-            if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] % self.size == 0:
-                return leaf.unflatten(0, (self.size, -1))[index.to(leaf.device)].flatten(0, 1)
-            return leaf
+            return leaf[index.to(leaf.device)] if self._per_sample(leaf) else leaf
 
-        inputs = tree_map(lambda leaf: pick(leaf) if self._per_sample(leaf) else leaf, self.inputs)
-        return Batch(inputs, tree_map(pick, self.targets), len(index))
+        def pick_target(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] % self.size:
+                return leaf
+            return leaf.unflatten(0, (self.size, -1))[index.to(leaf.device)].flatten(0, 1)
+
+        return Batch(tree_map(pick, self.inputs), tree_map(pick_target, self.targets), len(index))
 
     def _per_sample(self, leaf: Any) -> bool:
         return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == self.size
@@ -85,7 +86,7 @@ def concatenate(batches: tuple[Batch, ...]) -> Batch:
         flat = [tree_flatten(tree) for tree in trees]
         leaves = []
         if any(spec != flat[0][1] for _, spec in flat):
-            raise SmpqError(f"data: the {name} differ in structure between batches, but statistics over all samples need one batch; {remedy}")
+            raise SmpqError(f"data: the {name} differ in structure, and BatchNorm needs one batch; {remedy}")
         for column in zip(*[leaves for leaves, _ in flat], strict=True):
             if all(isinstance(x, Tensor) for x in column):
                 batched = all(x.dim() and x.shape[0] % b.size == 0 for x, b in zip(column, batches, strict=True))
@@ -99,7 +100,7 @@ def concatenate(batches: tuple[Batch, ...]) -> Batch:
                 leaves.append(column[0])
                 continue
             shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in column[:4])
-            raise SmpqError(f"data: the {name} cannot be joined to one batch ({shapes}), but BatchNorm statistics over all samples need that; {remedy}")
+            raise SmpqError(f"data: the {name} ({shapes}) do not join, and BatchNorm needs one batch; {remedy}")
         return tree_unflatten(leaves, flat[0][1])
 
     inputs = join("inputs", [b.inputs for b in batches])
@@ -127,9 +128,20 @@ def part(tree: Any, count: int, start: int, stop: int) -> Any:
     return tree if (start, stop) == (0, count) else tree_map(cut, tree)
 
 
+def pieces(count: int, most: int, least: int) -> list[tuple[int, int]]:
+    """[0, count) cut evenly into runs of about `most`, none shorter than `least`."""
+    number = max(1, min(-(-count // most), count // least))
+    return _runs(count, number)
+
+
+def _runs(count: int, number: int) -> list[tuple[int, int]]:
+    edges = [count * k // number for k in range(number + 1)]
+    return list(itertools.pairwise(edges))
+
+
 @dataclass(frozen=True)
 class Part:
-    """A run of samples of one batch: the loss is applied to each part as a whole, whatever the chunks of the forward."""
+    """A run of samples of one batch: the loss is applied to each part as a whole, whatever the forward's chunks."""
 
     batch: int
     start: int
@@ -146,8 +158,7 @@ def parts(batches: tuple[Batch, ...]) -> tuple[tuple[Part, ...], NDArray[np.floa
         whole = batch.targets is not None and not any(
             isinstance(x, Tensor) and x.dim() and x.shape[0] % batch.size == 0 for x in tree_leaves(batch.targets)
         )
-        edges = np.linspace(0, batch.size, (1 if whole else min(per_batch, batch.size)) + 1).round().astype(int)
-        cuts += [(b, int(i), int(j)) for i, j in zip(edges, edges[1:], strict=False)]
+        cuts += [(b, i, j) for i, j in _runs(batch.size, 1 if whole else min(per_batch, batch.size))]
     groups = len(cuts) if len(cuts) <= 2 * GROUPS else GROUPS
     found = tuple(Part(b, i, j, k * groups // len(cuts)) for k, (b, i, j) in enumerate(cuts))
     share = np.zeros(groups)
@@ -160,8 +171,6 @@ def digest(trees: Iterable[Any]) -> str:
     """sha256 of tensors (dtype, shape and bytes) and of the repr of everything else."""
     sha = hashlib.sha256()
     for leaf in tree_leaves(list(trees)):
-        if isinstance(leaf, np.ndarray):
-            leaf = torch.from_numpy(leaf)
         if isinstance(leaf, Tensor):
             sha.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
             sha.update(leaf.detach().cpu().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy().tobytes())
