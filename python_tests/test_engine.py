@@ -21,7 +21,7 @@ from python_tests.random_models import CLASSES, MODELS, build
 from smpq_ext.core import Grid, SmpqError
 
 BITS = (2, 3, 8)
-slow = settings(max_examples=400, deadline=None, derandomize=True, phases=[Phase.generate], report_multiple_bugs=False)
+slow = settings(max_examples=16, deadline=None, derandomize=True, phases=[Phase.generate], report_multiple_bugs=False)
 names = st.sampled_from(sorted(MODELS))
 seeds = st.integers(0, 10_000)
 
@@ -282,15 +282,17 @@ def test_inputs_may_be_a_tuple_or_a_dict(form: str) -> None:
 
 def state(model: nn.Module) -> tuple[Any, ...]:
     tensors = {k: (v.clone(), v.data_ptr(), v._version) for k, v in (*model.named_parameters(), *model.named_buffers())}
-    flags = [(name, m.training, tuple(m._forward_hooks), tuple(m._forward_pre_hooks), "forward" in vars(m))
-             for name, m in model.named_modules()]  # fmt: skip
+    flags = [
+        (name, m.training, tuple(m._forward_hooks), tuple(m._forward_pre_hooks), "forward" in vars(m))
+        for name, m in model.named_modules()
+    ]
     gradients = [(p.requires_grad, p.grad is None) for p in model.parameters()]
     return tensors, flags, gradients
 
 
 def same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    alike = all(torch.equal(x, y) and p == q and v == w for (x, p, v), (y, q, w) in zip(a[0].values(), b[0].values(), strict=True))
-    return alike and a[1:] == b[1:]
+    pairs = zip(a[0].values(), b[0].values(), strict=True)
+    return all(torch.equal(x[0], y[0]) and x[1:] == y[1:] for x, y in pairs) and a[1:] == b[1:]
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
@@ -359,7 +361,7 @@ def plan_of(ev: Any, assignment: np.ndarray) -> smpq_ext.Plan:
 
 @slow
 @given(names, seeds, st.sampled_from(["auto", True, False]), st.booleans())
-def test_the_applied_model_gives_the_value_that_was_searched(name: str, seed: int, renormalize: Any, some_float: bool) -> None:
+def test_the_applied_model_gives_the_value_searched(name: str, seed: int, renormalize: Any, some_float: bool) -> None:
     model, data = build(name, seed)
     fixed = {next(name for name, _ in model.named_children() if name != "embed"): "float"} if some_float else {}
     ev = smpq_ext.evaluator(model, data, bits=(1, *BITS), renormalize=renormalize, fixed=fixed)
@@ -508,7 +510,8 @@ def test_split_parts_the_samples_and_shares_the_grids(name: str, seed: int, frac
     rows = random_assignments(ev, 2, seed)
     for part in (search, apart):
         if part.batches and name != "TimeFirst":
-            np.testing.assert_allclose(part(rows), [oracle(part, m) for m in ev.space.one_hot(rows)], rtol=1e-4, atol=1e-5)
+            expected = [oracle(part, m) for m in ev.space.one_hot(rows)]
+            np.testing.assert_allclose(part(rows), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_split_needs_samples() -> None:
@@ -536,7 +539,7 @@ def test_fingerprints() -> None:
         make(model, [(x, (y + 1) % CLASSES) for x, y in data]),
         make(model, [(x.roll(1, -1), y) for x, y in data]),
         make(model, data, loss="kl"),
-        make(model, data, loss=lambda out, y: F.cross_entropy(out, y)),
+        make(model, data, loss=lambda out, y: 1 * F.cross_entropy(out, y)),
         make(model, data, loss=lambda out, y: 2 * F.cross_entropy(out, y)),
         make(model, data, loss=partial(F.cross_entropy, label_smoothing=0.1)),
         make(model, data, loss=partial(F.cross_entropy, label_smoothing=0.2)),

@@ -282,6 +282,7 @@ class Answer:
     attribution: Attribution | None = None  # of the slots, where a game was played
     trace: tuple[tuple[float, float], ...] = ()  # predicted and measured loss of assignments near the budget
     finding: str = ""  # one sentence on what the search found
+    evaluations: int = 0  # spent elsewhere than on the problem's evaluators
 
 
 @dataclass(frozen=True)

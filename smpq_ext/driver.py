@@ -127,7 +127,7 @@ class Study:
     def seconds_per_evaluation(self) -> float:
         """Measured on a batch of rows, after one to warm up."""
         rows = np.tile(self.problem.space.highest(), (self.engine.rows_per_batch, 1))
-        rows[:, 0] = np.arange(len(rows)) % len(self.problem.space.candidates[0])  # no two alike need not be shared
+        rows[:, 0] = np.arange(len(rows)) % len(self.problem.space.candidates[0])  # equal rows would be run once
         self.engine(rows[:1])
         start = time.perf_counter()
         self.engine(rows)
@@ -166,7 +166,7 @@ class Study:
             float_loss=engine.float_loss,
             trace=answer.trace,
             finding=answer.finding,
-            evaluations=sum(part.asked for part in self._parts),
+            evaluations=sum(part.asked for part in self._parts) + answer.evaluations,
             seconds=self._clock.seconds,
             peak_bytes=engine.peak_bytes,
             left_out=engine.left_out,

@@ -197,6 +197,18 @@ class TorchEvaluator:
         other._bind(tuple(b.take(k) for b, k in zip(self.batches, index, strict=True) if len(k)))
         return other
 
+    def against_float(self, loss: losses.Loss) -> TorchEvaluator:
+        """The same evaluator with a loss of (outputs, the float model's outputs)."""
+        with quiet(self.device):
+            batches = tuple(
+                Batch(b.inputs, self._executor.forward(b, 0, b.size), b.size) for b in self.batches
+            )
+        other = copy.copy(self)
+        other.loss_fn, other.peak_bytes = loss, 0
+        other._identity = f"{self._identity}{losses.identity(loss)}"
+        other._bind(batches)
+        return other
+
     # The samples: parts, groups, chunks, fingerprint.
 
     def _bind(self, batches: tuple[Batch, ...]) -> None:

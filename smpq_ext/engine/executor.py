@@ -138,21 +138,23 @@ class _QuantizedLayer:
             )
         m = self.module
         products = rows[0].numel() // rows.shape[-1] if self.linear else len(rows[0])
-        if n > 1 and products < MERGE:
-            out = self._each(rows, args, kwargs)
-        elif self.weight is None:
+        own = not (self.linear or (self.conv2d and rows.dim() == 5))
+        if self.weight is None and (n == 1 or products >= MERGE):
             return self.original(rows.flatten(0, 1) if n > 1 else rows[0], *args, **kwargs)
-        elif self.linear:
+        if own or (n > 1 and products < MERGE):
+            return self._each(rows, args, kwargs)
+        if self.linear:
             out = ops.coalition_linear(rows, self.variants, m.bias, self.variant)
-        elif self.conv2d and rows.dim() == 5:
-            geometry = m.stride, m.padding, m.dilation, m.groups
-            out = ops.coalition_conv2d(rows, self.variants, m.bias, self.variant, *geometry)
-        else:
-            out = self._each(rows, args, kwargs)
-        return out.flatten(0, 1) if n > 1 else out[0]
+            return out.flatten(0, 1) if n > 1 else out[0]
+        geometry = m.stride, m.padding, m.dilation, m.groups
+        out = ops.coalition_conv2d(rows, self.variants, m.bias, self.variant, *geometry).flatten(0, 1)
+        if n > 1 and rows[0].is_contiguous(memory_format=torch.channels_last) and not rows[0].is_contiguous():
+            # Rows put together may lose the format, and what follows would round differently in another one.
+            out = out.contiguous(memory_format=torch.channels_last)
+        return out
 
     def _each(self, rows: Tensor, args: Any, kwargs: Any) -> Tensor:
-        """The layer's own forward, row by row with the row's weight: [n, samples, ...]."""
+        """The layer's own forward, row by row with the row's weight: [n * samples, ...]."""
         parameters = self.module._parameters
         own = parameters["weight"]
         try:
@@ -163,7 +165,7 @@ class _QuantizedLayer:
                 out.append(self.original(row, *args, **kwargs))
         finally:
             parameters["weight"] = own
-        return torch.stack(out)
+        return out[0] if len(out) == 1 else torch.cat(out)
 
 
 class _RowNorm:

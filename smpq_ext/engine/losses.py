@@ -39,6 +39,13 @@ def kl(outputs: Any, reference: Tensor) -> Tensor:
     return F.kl_div(logp, reference, reduction="sum", log_target=True) / math.prod(logp.shape[:-1])
 
 
+def noise_to_signal(outputs: Any, reference: Any) -> Tensor:
+    """Squared difference of two tensors over the square of the second: 1 / SQNR. Raises SmpqError for other outputs."""
+    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+        raise SmpqError(f"loss: noise to signal wants the model to give one tensor, not a {type(outputs).__name__}")
+    return (outputs - reference).double().square().sum() / reference.double().square().sum().clamp(min=1e-30)
+
+
 def log_probabilities(outputs: Any) -> Tensor:
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
         raise SmpqError(f"loss: 'kl' wants one tensor [..., classes] of outputs, not {type(outputs).__name__}; {OWN}")

@@ -173,7 +173,15 @@ def digest(trees: Iterable[Any]) -> str:
     for leaf in tree_leaves(list(trees)):
         if isinstance(leaf, Tensor):
             sha.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-            sha.update(leaf.detach().cpu().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy().tobytes())
+            sha.update(
+                leaf.detach()
+                .cpu()
+                .clone(memory_format=torch.contiguous_format)
+                .view(-1)
+                .view(torch.uint8)
+                .numpy()
+                .tobytes()
+            )
         else:
             sha.update(repr(leaf).encode())
         sha.update(b"\0")

@@ -22,11 +22,10 @@ class Smpq:
     """Reconstruction of SMPQ: Shapley values of (slot, candidate) pairs in a trained supernet, by truncated permutations.
 
     The supernet trains its weights straight-through on the calibration data; then, `rounds` times: permutations from
-    the full set downwards, each with its own batch, values in percent of top-1 accuracy, cut off below half of the full
-    value; score = mean - std over the permutations, z-scored within weights and within activations;
+    the full set downwards on a fresh batch, values in percent of top-1 accuracy, cut off below half of the full value; score = mean - std over the permutations, z-scored within weights and within activations;
     s <- 0.8 s + 0.2 z, alpha <- alpha + 0.1 s; and an epoch of training. Ours: the solver chooses by s under the budget
-    (the paper's argmax knows none), evaluation is in eval mode, and `evaluations` bounds the permutations (10 in the
-    reference).
+    (the paper's argmax knows none), evaluation is in eval mode, `evaluations` bounds the permutations (10 in the
+    reference), and those of one round share a batch.
     """
 
     holdout = False
@@ -75,11 +74,12 @@ class Smpq:
         values = np.zeros(len(space.slots))
         np.add.at(values, np.argwhere(mask)[:, 0], found.values)
         attribution = Attribution(values, np.zeros(len(values)), spent)
-        return Answer(chosen, table, None, None, attribution, (), "a reconstruction of SMPQ, not the authors' code")
+        finding = "a reconstruction of SMPQ, not the authors' code"
+        return Answer(chosen, table, attribution=attribution, finding=finding, evaluations=spent)
 
 
 class _MaskedAccuracy:
-    """The supernet game with top-1 accuracy as value; a fresh batch whenever the full coalition's turn comes."""
+    """The supernet game with top-1 accuracy on one batch as value."""
 
     def __init__(self, net: Supernet, game: SupernetGame, samples: int, rng: np.random.Generator) -> None:
         self.net, self.game, self.players, self.spent = net, game, game.players, 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from smpq_ext.core import Answer, Infeasible, Problem, SmpqError
+from smpq_ext.engine.losses import noise_to_signal
 from smpq_ext.methods.single import singles
 
 __all__ = ["Sqnr"]
@@ -25,7 +26,7 @@ class Sqnr:
         rows = singles(problem)
         if len(rows) > problem.evaluations:
             raise SmpqError(f"evaluations: {problem.evaluations} are too few for one per candidate; it needs {len(rows)}")
-        noise = -problem.model.with_loss("mse")(rows)  # squared error over squared signal, at the output
+        noise = -problem.model.against_float(noise_to_signal)(rows)
         damage = np.where(problem.space.mask, 0.0, np.inf)
         entries = []
         for row, ratio in zip(rows[1:], noise[1:], strict=True):
@@ -48,4 +49,4 @@ class Sqnr:
                 assignment = lowered
         if not problem.budget.feasible(assignment)[0]:
             raise Infeasible("budget: the greedy walk of sqnr does not reach it; raise it, or use another method")
-        return Answer(assignment, damage)
+        return Answer(assignment, damage, evaluations=len(rows))
