@@ -119,8 +119,9 @@ def judge_accuracy(inputs: torch.Tensor, targets: torch.Tensor, batch: int = 500
     """Top-1 correctness, 0 or 1 for each sample."""
 
     def judge(model: nn.Module) -> NDArray[np.float64]:
+        model = model.to(memory_format=torch.channels_last)
         with torch.inference_mode():
-            found = [model(x).argmax(-1) for x in inputs.split(batch)]
+            found = [model(x.contiguous(memory_format=torch.channels_last)).argmax(-1) for x in inputs.split(batch)]
         return (torch.cat(found) == targets).double().numpy()
 
     return judge

@@ -9,6 +9,7 @@ training rows that were kept out of its fine-tuning. With BatchNorm statistics r
 from __future__ import annotations
 
 import argparse
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budgets", type=float, nargs="+", default=[2.5, 3.0, 4.0])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=[m for m in METHODS if m != "local"])
     parser.add_argument("--modes", nargs="+", default=["kept", "re-estimated"])
     parser.add_argument("--cells", type=Path, default=Path.home() / ".cache/smpq_ext/search_resnet20")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -39,28 +40,25 @@ def main() -> None:
     judge = judge_accuracy(*data.cifar10("test"))
     cells = Cells(arguments.cells)
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for mode in arguments.modes:
-        for budget in arguments.budgets:
-            group = groups.setdefault(f"{mode}, {budget:g} bits", {})
-            for seed in range(arguments.seeds):
-                rows = np.sort(np.random.default_rng([7, seed]).permutation(len(pool_x))[:SAMPLES])
-                batch = [(pool_x[rows], pool_y[rows])]
-                for method in arguments.methods:
-                    cell = cells.run(
-                        f"{mode}-{budget:g}-{seed}",
-                        model,
-                        batch,
-                        judge,
-                        method,
-                        bits=(2, 3, 4, 6, 8),
-                        budget=f"weight-bits={budget:g},activation-bits={budget:g}",
-                        loss="kl",
-                        renormalize=mode == "re-estimated",
-                        seed=seed,
-                        evaluations=EVALUATIONS,
-                    )
-                    if cell is not None:
-                        group.setdefault(method, []).append(cell)
+    for seed in range(arguments.seeds):
+        rows = np.sort(np.random.default_rng([7, seed]).permutation(len(pool_x))[:SAMPLES])
+        batch = [(pool_x[rows], pool_y[rows])]
+        for mode, budget, method in product(arguments.modes, arguments.budgets, arguments.methods):
+            cell = cells.run(
+                f"{mode}-{budget:g}-{seed}",
+                model,
+                batch,
+                judge,
+                method,
+                bits=(2, 3, 4, 6, 8),
+                budget=f"weight-bits={budget:g},activation-bits={budget:g}",
+                loss="kl",
+                renormalize=mode == "re-estimated",
+                seed=seed,
+                evaluations=EVALUATIONS,
+            )
+            if cell is not None:
+                groups.setdefault(f"{mode}, {budget:g} bits", {}).setdefault(method, []).append(cell)
     note = f"{__doc__}\nFloat model: {judge(model).mean():.4f}. {arguments.seeds} seeds, each with its own calibration rows."
     save_table("search_resnet20", rows_of(groups, "higher", 4), note)
 

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -55,25 +56,22 @@ def main() -> None:
     judge = judge_nll(*test)
     cells = Cells(arguments.cells)
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for budget in arguments.budgets:
-        group = groups.setdefault(f"{budget:g} bits", {})
-        for seed in range(arguments.seeds):
-            for method in arguments.methods:
-                cell = cells.run(
-                    f"{budget:g}-{seed}",
-                    model,
-                    [searched],
-                    judge,
-                    method,
-                    bits=(2, 3, 4, 6, 8),
-                    activation_bits=(),
-                    fixed={"output": 8},
-                    budget=f"weight-bits={budget:g}",
-                    seed=seed,
-                    evaluations=EVALUATIONS,
-                )
-                if cell is not None:
-                    group.setdefault(method, []).append(cell)
+    for seed, budget, method in product(range(arguments.seeds), arguments.budgets, arguments.methods):
+        cell = cells.run(
+            f"{budget:g}-{seed}",
+            model,
+            [searched],
+            judge,
+            method,
+            bits=(2, 3, 4, 6, 8),
+            activation_bits=(),
+            fixed={"output": 8},
+            budget=f"weight-bits={budget:g}",
+            seed=seed,
+            evaluations=EVALUATIONS,
+        )
+        if cell is not None:
+            groups.setdefault(f"{budget:g} bits", {}).setdefault(method, []).append(cell)
     note = f"{__doc__}\nFloat model: {judge(model).mean():.4f}. {arguments.seeds} seeds on the same stories."
     save_table("search_stories", rows_of(groups, "lower", 3), note)
 

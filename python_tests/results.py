@@ -10,7 +10,9 @@ def a_result(layers=6, bits=(2, 3, 4, 6, 8), names=None, seed=0):
     rng = np.random.default_rng(seed)
     names = names or [f"stage{i // 4}.{i % 4}.conv" for i in range(layers)]
     slots = tuple(
-        Slot(name, kind, 64 * (i + 1), 4096 * (i + 1), 8) for i, name in enumerate(names) for kind in ("weight", "activation")
+        Slot(name, kind, 64 * (i + 1), 4096 * (i + 1), 8)
+        for i, name in enumerate(names)
+        for kind in ("weight", "activation")
     )
     fixed = ((Slot("head", "weight", 640, 640, 10), 8), (Slot("head", "activation", 64, 640, 1), FLOAT_BITS))
     space = Space(slots, (tuple(bits),) * len(slots), fixed)

@@ -137,7 +137,7 @@ def test_no_rows_and_wrong_rows() -> None:
         ev(np.full((1, *ev.space.mask.shape), np.nan, np.float32))
 
 
-# --- what is found -----------------------------------------------------------------------------------------------------
+# --- what is found ----------
 
 
 def test_slots_follow_execution_and_first_and_last_are_fixed() -> None:
@@ -277,7 +277,7 @@ def test_inputs_may_be_a_tuple_or_a_dict(form: str) -> None:
         smpq_ext.evaluator(model, [(inputs, y)], bits=BITS)
 
 
-# --- the model is only read -----------------------------------------------------------------------------------------------
+# --- the model is only read ----------
 
 
 def state(model: nn.Module) -> tuple[Any, ...]:
@@ -351,7 +351,7 @@ def test_parameters_take_no_second_memory() -> None:
     assert ours == {p.data_ptr() for p in ev.model.parameters()}
 
 
-# --- renormalize, statistics, apply -------------------------------------------------------------------------------------
+# --- renormalize, statistics, apply ----------
 
 
 def plan_of(ev: Any, assignment: np.ndarray) -> smpq_ext.Plan:
@@ -446,7 +446,7 @@ def test_a_norm_that_runs_twice_keeps_its_statistics() -> None:
     assert "norm" in ev.notes[0]
 
 
-# --- losses, groups, splits, fingerprints -----------------------------------------------------------------------------------
+# --- losses, groups, splits, fingerprints ----------
 
 
 def test_kl_is_zero_for_the_float_model_and_the_mean_over_positions() -> None:
@@ -553,7 +553,7 @@ def test_fingerprints() -> None:
     assert len({first, *(ev.fingerprint for ev in others)}) == 1 + len(others)
 
 
-# --- errors ---------------------------------------------------------------------------------------------------------------
+# --- errors ----------
 
 
 def test_non_finite_numbers_name_their_layer() -> None:

@@ -42,12 +42,12 @@ class Switch(str, Enum):  # noqa: UP042
 
 @app.command()
 def search(
-    model: Annotated[str, typer.Option(help="Where the model comes from: file.py:function or package.module:function.")],
+    model: Annotated[str, typer.Option(help="The model: file.py:function or package.module:function.")],
     data: Annotated[
         str,
         typer.Option(
-            help="Calibration data: an .npz file with arrays inputs and targets (or x and y), a folder with a subfolder "
-            "of images per class, or module:function giving batches (inputs, targets)."
+            help="Calibration data: an .npz file with arrays inputs and targets (or x and y), a folder of images with "
+            "a subfolder per class, or module:function giving batches (inputs, targets)."
         ),
     ],
     budget: Annotated[
@@ -63,7 +63,9 @@ def search(
         int | None, typer.Option(help="At most so many passes over the data.", show_default="30 for each slot")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of every random choice.")] = 0,
-    loss: Annotated[Loss, typer.Option(help="kl: the divergence from the float model, needs no targets.")] = Loss.CROSS_ENTROPY,
+    loss: Annotated[
+        Loss, typer.Option(help="kl: the divergence from the float model, needs no targets.")
+    ] = Loss.CROSS_ENTROPY,
     renormalize: Annotated[
         Switch, typer.Option(help="Re-estimate BatchNorm statistics for every assignment.")
     ] = Switch.AUTO,
@@ -79,9 +81,15 @@ def search(
     batch_size: Annotated[int | None, typer.Option(help="Samples in a batch.", show_default="256")] = None,
     samples: Annotated[int | None, typer.Option(help="Use so many, evenly spread.", show_default="all")] = None,
     image_size: Annotated[int | None, typer.Option(help="Scale the middle square of every image to this.")] = None,
-    mean: Annotated[str | None, typer.Option(help="Of the pixels, 0 to 1, one number per channel.", show_default="0")] = None,
-    std: Annotated[str | None, typer.Option(help="Of the pixels, 0 to 1, one number per channel.", show_default="1")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for plan.json, result.json, figures and report.html.")] = Path("smpq_out"),
+    mean: Annotated[
+        str | None, typer.Option(help="Of the pixels in [0, 1]: one number, or one per channel.", show_default="0")
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(help="Of the pixels in [0, 1]: one number, or one per channel.", show_default="1")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for plan.json, result.json, figures, report.html.")] = Path(
+        "smpq_out"
+    ),
     store: Annotated[
         Path | None, typer.Option(help="File that keeps every evaluation.", show_default="OUT/evaluations.sqlite")
     ] = None,
@@ -187,7 +195,7 @@ def main() -> int:
 
 
 def _explain(error: Exception) -> tuple[str, int]:
-    """One line on an error, and the exit code: 2 where it is about what the user gave, 1 where it is a fault of ours."""
+    """One line on an error, and the exit code: 2 where it is about what the user gave, 1 where the fault is ours."""
     if isinstance(error, SmpqError):
         return str(error), 2
     if isinstance(error, UsageError):
@@ -195,7 +203,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     what = f"{type(error).__name__}: {error}".rstrip(": ")
     layer = _failed_layer(error)
     if layer is not None:
-        return f"model: its forward fails in {layer} ({what}); do the data fit the model? --debug shows the traceback", 2
+        return f"model: its forward fails in {layer} ({what}); do the data fit it? --debug shows the traceback", 2
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}", 2
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -229,7 +237,8 @@ class _Bar:
 
         self.store, self.study = store, None
         console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} {task.fields[left]}"))
+        count = TextColumn("{task.completed}/{task.total} {task.fields[left]}")
+        columns = (TextColumn("{task.description}"), BarColumn(), count)
         self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self.task = self.progress.add_task("", total=None, left="")
         self.start = self.last = time.perf_counter()
@@ -245,8 +254,8 @@ class _Bar:
         self.pace = study.seconds_per_evaluation()
         known = self.known()
         typer.echo(
-            f"{len(study.problem.space.slots)} slots; at most {self.total} evaluations at {self.pace:.3g} s each (measured): "
-            f"{_duration(self.total * self.pace)}" + (f"; {known} are known already" if known else "")
+            f"{len(study.engine.slots)} slots, at most {self.total} evaluations at {self.pace:.3g} s (measured): "
+            f"{_duration(self.total * self.pace)}" + (f"; {known} evaluations are known already" if known else "")
         )
         self.start = self.last = time.perf_counter()
         self.progress.start()
@@ -318,7 +327,9 @@ def _fixed(entries: list[str]) -> dict[str, int | str]:
         if entry == "none":
             continue
         if not equals or not (width.isdecimal() or width == "float"):
-            raise SmpqError(f"fixed: layer=width, slot=width or 'none', such as conv1=8 or fc.weight=float, not {entry!r}")
+            raise SmpqError(
+                f"fixed: layer=width or slot=width, such as conv1=8, fc.weight=float, or none, not {entry!r}"
+            )
         found[name] = int(width) if width.isdecimal() else width
     return found
 

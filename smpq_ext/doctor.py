@@ -33,13 +33,14 @@ def examine() -> Iterator[Finding]:
     try:
         from smpq_ext import _C
     except Exception as error:
-        yield Finding(False, "kernels", f"not loaded, plain torch is used, many times slower ({' '.join(str(error).split())})")
-        yield Finding(None, "remedy", "in the source folder: pip install --no-build-isolation --force-reinstall --no-deps .")
+        yield Finding(False, "kernels", f"not loaded ({_line(error)}); plain torch is used, many times slower")
+        yield Finding(None, "remedy", "in the source folder: pip install --no-build-isolation --no-deps .")
     else:
         built: dict[str, Any] = _C.build_info()
         same = built["torch"].split("+")[0] == torch.__version__.split("+")[0]
-        remedy = "" if same else ", but this one runs: build again if loading or results fail"
-        yield Finding(True if same else None, "kernels", f"loaded, built for torch {built['torch']} by {built['compiler']}{remedy}")
+        other = "" if same else "; another torch runs here: build again if anything fails"
+        text = f"loaded, built for torch {built['torch']} by {built['compiler']}{other}"
+        yield Finding(True if same else None, "kernels", text)
         yield Finding(None, "CPU kernels", built["cpu_kernels"])
         cuda = f"{built['cuda']} for {built['cuda_architectures']}" if built["cuda"] else "built without nvcc"
         yield Finding(None, "CUDA kernels", cuda)
@@ -75,16 +76,22 @@ def _check(device: Any) -> Iterator[Finding]:
             reference.coalition_fake_quantize(x, scale, None, low, high, mixtures, 0, None),
         )
     except Exception as error:
-        yield Finding(False, f"self-check on {device}", f"fails ({type(error).__name__}: {' '.join(str(error).split())})")
+        yield Finding(False, f"self-check on {device}", f"fails ({_line(error)})")
         return
     same = single and several
-    yield Finding(same, f"self-check on {device}", f"the kernels {'equal' if same else 'DIFFER from'} their specification bit for bit")
+    said = "equal their specification bit for bit" if same else "DIFFER from their specification"
+    yield Finding(same, f"self-check on {device}", f"the kernels {said}")
     _keep_freed_memory()
     x, scale = x.repeat(8, 1), scale[1].repeat(8)
     copy = _seconds(x.clone, device)  # allocates its output, as the kernel does
     quantize = _seconds(lambda: ops.fake_quantize(x, scale, bits=4, axis=0), device)
     speed = 2 * x.numel() * x.element_size() / quantize / 1e9
-    yield Finding(None, f"speed on {device}", f"fake quantization at {speed:.1f} GB/s, {100 * copy / quantize:.0f} % of a copy's bandwidth")
+    text = f"fake quantization at {speed:.1f} GB/s, {100 * copy / quantize:.0f} % of a copy's bandwidth"
+    yield Finding(None, f"speed on {device}", text)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _keep_freed_memory() -> None:

@@ -37,7 +37,7 @@ def model(where: str, weights: Path | None = None) -> nn.Module:
     return made
 
 
-def data(  # noqa: PLR0917
+def data(
     where: str,
     batch_size: int | None = None,
     samples: int | None = None,
@@ -59,6 +59,7 @@ def data(  # noqa: PLR0917
     for name, value in (("batch-size", batch_size), ("samples", samples), ("image-size", image_size)):
         if value is not None and value < 1:
             raise SmpqError(f"{name}: a number above 0, not {value}")
+    pair: tuple[Tensor, Tensor | None]
     if folder:
         paths, labels = _listed(path, samples)
         pair = _pixels(paths, image_size, mean, std), labels
@@ -66,7 +67,8 @@ def data(  # noqa: PLR0917
         pair = _spread(_arrays(path, targets), samples)
     elif _is_reference(where):
         given = _called("data", where, _named("data", where))
-        if not (isinstance(given, tuple) and len(given) == 2 and all(isinstance(x, Tensor | np.ndarray) for x in given)):
+        arrays = isinstance(given, tuple) and all(isinstance(x, Tensor | np.ndarray) for x in given)
+        if not (arrays and len(given) == 2):
             if batch_size or samples:
                 raise SmpqError(f"data: {where} gives batches of its own; leave --batch-size and --samples out")
             return given  # type: ignore[no-any-return]
@@ -77,8 +79,8 @@ def data(  # noqa: PLR0917
         raise SmpqError(f"data: {where} is no .npz file, folder of images or module:function")
     inputs, wanted = pair
     size = batch_size or 256
-    cut = wanted.split(size) if wanted is not None else [None] * -(-len(inputs) // size)
-    return list(zip(inputs.split(size), cut, strict=True))
+    cut = torch.split(wanted, size) if wanted is not None else [None] * -(-len(inputs) // size)
+    return list(zip(torch.split(inputs, size), cut, strict=True))
 
 
 def _is_reference(where: str) -> bool:
@@ -117,7 +119,7 @@ def _file(path: Path) -> ModuleType:
     sys.path.insert(0, str(path.resolve().parent))
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     if name in sys.modules or spec is None or spec.loader is None:
-        raise SmpqError(f"model: {path} cannot be imported under the name {name!r}, another module has it; rename the file")
+        raise SmpqError(f"model: {path} cannot be imported, another module is called {name!r}; rename the file")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -150,9 +152,9 @@ def _state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
-        raise SmpqError("weights: reading .safetensors needs the package safetensors (pip install safetensors)") from error
+        raise SmpqError("weights: .safetensors needs the package safetensors; pip install safetensors") from error
     except Exception as error:
-        raise SmpqError(f"weights: {path} is no .safetensors file and no .pt file of tensors ({_first(error)})") from error
+        raise SmpqError(f"weights: {path} is no .safetensors or .pt file of tensors ({_first(error)})") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise SmpqError(f"weights: {path} holds no state_dict, names to tensors")
@@ -170,7 +172,8 @@ def _arrays(path: Path, targets: bool) -> tuple[Tensor, Tensor | None]:
     for x, y in (("inputs", "targets"), ("x", "y")):
         if x in arrays and (y in arrays or not targets):
             return _tensor(f"{x} in {path}", arrays[x]), _tensor(f"{y} in {path}", arrays[y]) if y in arrays else None
-    raise SmpqError(f"data: {path} holds {', '.join(arrays) or 'nothing'}; name the arrays inputs and targets, or x and y")
+    held = ", ".join(arrays) or "nothing"
+    raise SmpqError(f"data: {path} holds {held}; name the arrays inputs and targets, or x and y")
 
 
 def _tensor(name: str, array: NDArray[Any] | Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def evaluator(
 class TorchEvaluator:
     """Assignments [n, slots] or mixtures [n, slots, candidates] to values [n]; made by `evaluator`."""
 
-    def __init__(  # noqa: PLR0917
+    def __init__(
         self,
         model: nn.Module,
         data: Iterable[tuple[Any, Any]],
@@ -200,9 +200,7 @@ class TorchEvaluator:
     def against_float(self, loss: losses.Loss) -> TorchEvaluator:
         """The same evaluator with a loss of (outputs, the float model's outputs)."""
         with quiet(self.device):
-            batches = tuple(
-                Batch(b.inputs, self._executor.forward(b, 0, b.size), b.size) for b in self.batches
-            )
+            batches = tuple(Batch(b.inputs, self._executor.forward(b, 0, b.size), b.size) for b in self.batches)
         other = copy.copy(self)
         other.loss_fn, other.peak_bytes = loss, 0
         other._identity = f"{self._identity}{losses.identity(loss)}"

@@ -81,7 +81,8 @@ def weight_grids(weight: Tensor, axis: int, widths: tuple[int, ...], calibrate: 
             scale = tried.gather(1, best).squeeze(1)
     one_bit = torch.tensor([b == 1 for b in widths], device=w.device)[:, None]
     scale = torch.where(one_bit, 2 * w.abs().mean(1), scale)
-    scale = torch.where(scale > 0, scale, 1.0)  # an all-zero channel: any step gives 0
+    # An all-zero channel: any step gives 0, but for 1 bit, which has no 0, only a step of 0 does.
+    scale = torch.where(scale > 0, scale, torch.where(one_bit, 0.0, 1.0))
     zero = torch.zeros_like(scale, dtype=torch.int32)
     if 1 in widths:
         zero = torch.where(one_bit, -0.5, 0.0).expand_as(scale).contiguous()
@@ -118,9 +119,7 @@ def _affine(clip: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return scale, zero
 
 
-def _errors(  # noqa: PLR0917
-    x: Tensor, scale: Tensor, zero: Tensor | None, low: Tensor, high: Tensor, axis: int | None
-) -> Tensor:
+def _errors(x: Tensor, scale: Tensor, zero: Tensor | None, low: Tensor, high: Tensor, axis: int | None) -> Tensor:
     """Squared error of the grids scale [widths, ratios, ...], in its shape, in one call."""
     ratios = scale.shape[1]
     error = ops.quantization_error(

@@ -51,7 +51,7 @@ class Shapley:
         low = np.maximum(plan - 1, 0).astype(np.int8)
         high = np.minimum(plan + 1, problem.space.highest()).astype(np.int8)
         players = int((low != high).sum())
-        rounds = min(3 * players, (problem.evaluations - spent) // 2 - 1)
+        rounds = min(2 * players + 1, (problem.evaluations - spent) // 2 - 1)
         if players < 2 or rounds < min(2 * players, 2 ** (players - 1)):
             return _answer(plan, scores, "too few evaluations to look beyond single slots")
         near = _Neighbourhood(problem, scores, low, high, 2 * rounds)

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 import smpq_ext
-from smpq_ext.core import Result, write_text
+from smpq_ext.core import FLOAT_BITS, Result, write_text
 from smpq_ext.report import tables
 from smpq_ext.report.figures import figures
 
@@ -66,6 +66,7 @@ def write(result: Result, folder: str | os.PathLike[str]) -> Path:
 def render(result: Result, drawn: dict[str, bytes]) -> str:
     """The page as HTML; `drawn` are the figures as SVG by name."""
     limits = ", ".join(f"{name} ≤ {tables.number(limit)}" for name, limit in result.budget.items())
+    widest = max(8, *(b for b in result.plan.bits.values() if b != FLOAT_BITS))
     searched = {s.name: result.plan.bits[s.name] for s in result.space.slots}
     keys = {
         "measured loss of the plan": tables.number(result.measured_loss),
@@ -88,7 +89,7 @@ def render(result: Result, drawn: dict[str, bytes]) -> str:
         "<p class=quiet>Measured by a forward pass of the quantized model over the calibration data.</p>",
         "<h2>The plan</h2>",
         f"<p class=quiet>{len(searched)} slots were searched; {tables.histogram(searched)}.</p>",
-        _table(tables.layers(result), bits=True),
+        _table(tables.layers(result), full=widest),
         "<h2>Why</h2>",
         *(_figure(CAPTIONS[name], svg) for name, svg in drawn.items()),
         "" if drawn else "<p>This method keeps no scores.</p>",
@@ -101,19 +102,23 @@ def render(result: Result, drawn: dict[str, bytes]) -> str:
         f"<h2>Use it</h2><pre>{escape(APPLY)}</pre>",
         f"<p class=quiet>Page written by smpq_ext {smpq_ext.__version__}.</p>",
     ]
-    title = f"smpq: {result.plan.method}, {limits}"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n" + "\n".join(filter(None, parts)) + "\n</body></html>\n"
-    )
+    body = "\n".join(filter(None, parts))
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(f"smpq: {result.plan.method}, {limits}")}</title><style>{STYLE}</style></head>
+<body>
+{body}
+</body></html>
+"""
 
 
-def _table(table: tables.Table, bits: bool = False) -> str:
+def _table(table: tables.Table, full: int | None = None) -> str:
+    """HTML of a table; with `full`, its widths get a bar that fills the cell at so many bits."""
+
     def cell(column: str, text: str) -> str:
-        if bits and column in ("weight", "activation") and text:
-            width = text.split()[0]
-            share = 100.0 if width == "float" else min(100.0, 100 * int(width) / 16)
+        if full and column in ("weight", "activation") and text:
+            width = text.split(maxsplit=1)[0]
+            share = 100 if width == "float" else 100 * int(width) / full
             return f'<td class="bits" style="--share: {share:.1f}%">{escape(text)}</td>'
         return f"<td>{escape(text)}</td>"
 

@@ -117,7 +117,7 @@ def number(value: float) -> str:
     """Four significant digits, or all digits before the point."""
     if not math.isfinite(value):
         return str(value)
-    if value == int(value) and abs(value) < 1e15 or abs(value) >= 1000:
+    if (value == int(value) and abs(value) < 1e15) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
 
@@ -131,6 +131,7 @@ def with_error(value: float, error: float, digits: int = 2) -> str:
     decimals = max(0, digits - 1 - math.floor(math.log10(error)))
     if decimals > 3 + digits:
         return f"{value:.1e} ± {error:.0e}"
+    value = round(value, decimals) + 0.0  # no -0
     return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 

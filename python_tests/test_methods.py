@@ -1,0 +1,200 @@
+"""Every method that the registry finds, on a small trained network: the budget, replay, evaluations, and what each is for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import smpq_ext
+from smpq_ext import registry
+from smpq_ext.budget import parse
+from smpq_ext.core import Answer, Infeasible, Problem, SmpqError
+from smpq_ext.engine.evaluator import evaluator
+from smpq_ext.methods.shapley import Shapley
+from smpq_ext.methods.single import Single, score_singles
+from smpq_ext.solvers.milp import Milp
+from smpq_ext.store import MemoryStore, Recorded
+
+BITS = (2, 3, 4, 8)
+BUDGET = "weight-bits=3,activation-bits=3"
+METHODS = registry.names("methods")
+
+
+class Net(nn.Module):
+    """Two residual blocks' worth of convolutions with BatchNorm, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(4))
+        self.convs = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2)])
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.norms[0](self.stem(x)))
+        for conv, norm in zip(self.convs, self.norms[1:3], strict=True):
+            x = F.relu(x + norm(conv(x)))
+        x = F.relu(self.norms[3](self.depthwise(x)))
+        return self.head(x.mean((2, 3)))
+
+
+def samples(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Four kinds of stripes under noise, [count, 1, 8, 8]."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, 4, (count,), generator=generator)
+    i, j = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    waves = torch.stack([torch.sin(1.5 * i), torch.sin(1.5 * j), torch.sin(1.2 * (i + j)), torch.sin(1.2 * (i - j))])
+    return waves[y].unsqueeze(1) + 0.8 * torch.randn(count, 1, 8, 8, generator=generator), y
+
+
+@pytest.fixture(scope="module")
+def net() -> Net:
+    torch.manual_seed(0)
+    model, (x, y) = Net(), samples(256, 0)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(40):
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def problem(net: nn.Module, method: object, budget: str = BUDGET, seed: int = 0, evaluations: int = 400) -> Problem:
+    engine = evaluator(net, [samples(96, 1)], bits=BITS, loss="kl")
+    parts = engine.split(0.25, np.random.default_rng(0)) if method.holdout else (engine, None)
+    found = [None if part is None else Recorded(part, MemoryStore()) for part in parts]
+    return Problem(engine.space, parse(budget, engine.space), found[0], found[1], engine, evaluations, seed)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_contract_of_a_method(net: Net, name: str) -> None:
+    """Within the budget, the same answer for the same seed, no more evaluations than allowed, tables of the right shape."""
+    kind = registry.find("methods", name)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    answers: list[Answer] = []
+    for _ in range(2):
+        method = kind()
+        given = problem(net, method)
+        answer = method.allocate(given)
+        asked = given.evaluator.asked + (given.holdout.asked if given.holdout else 0)
+        assert asked + answer.evaluations <= given.evaluations
+        answers.append(answer)
+    a, b = answers
+    assert a.assignment.dtype == np.int8 and a.assignment.shape == (len(given.space.slots),)
+    assert given.budget.feasible(a.assignment).all()
+    assert np.array_equal(a.assignment, b.assignment)
+    for table in (a.scores, a.score_errors):
+        assert table is None or table.shape == given.space.mask.shape
+    if a.scores is not None:
+        assert np.isfinite(a.scores[given.space.mask]).all()
+        assert np.array_equal(a.scores, b.scores)
+    assert kind.__doc__ and not net.training
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_budget_that_cannot_be_met_is_refused(net: Net, name: str) -> None:
+    method = registry.find("methods", name)()
+    with pytest.raises(SmpqError, match="budget|weight-bits"):
+        method.allocate(problem(net, method, budget="weight-bits=1.5"))
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"uniform", "random", "gradient", "hessian"}))
+def test_too_few_evaluations_are_refused_or_respected(net: Net, name: str) -> None:
+    method = registry.find("methods", name)()
+    given = problem(net, method, evaluations=3)
+    with pytest.raises(SmpqError, match="evaluations: 3"):
+        method.allocate(given)
+
+
+def test_single_scores_are_the_losses_of_one_slot_alone(net: Net) -> None:
+    given = problem(net, Single())
+    scores = score_singles(given, given.evaluator)
+    top = given.space.highest()
+    base = given.evaluator(top[None])[0]
+    for slot in range(len(top)):
+        for candidate in range(top[slot]):
+            row = top.copy()
+            row[slot] = candidate
+            assert scores.damage[slot, candidate] == pytest.approx(base - given.evaluator(row[None])[0], abs=1e-12)
+    assert (scores.errors[:, :-1] > 0).all() and (scores.damage[np.arange(len(top)), top] == 0).all()
+    assert scores.predict(top)[0] == pytest.approx(-base)
+
+
+def test_uniform_uses_the_widest_width_that_fits(net: Net) -> None:
+    method = registry.find("methods", "uniform")()
+    for budget, bits in (("weight-bits=3.9", 3), ("weight-bits=4,activation-bits=4", 4), ("weight-bits=8", 8)):
+        given = problem(net, method, budget)
+        weights = [s.kind == "weight" for s in given.space.slots]
+        chosen = given.space.widths[np.arange(len(weights)), method.allocate(given).assignment]
+        assert set(chosen[weights]) == {bits}
+
+
+def test_random_depends_on_the_seed_and_inverted_is_worse_than_single(net: Net) -> None:
+    random = registry.find("methods", "random")()
+    plans = {tuple(random.allocate(problem(net, random, seed=s)).assignment) for s in range(5)}
+    assert len(plans) > 1
+    losses = {}
+    for name in ("single", "inverted"):
+        method = registry.find("methods", name)()
+        given = problem(net, method, "weight-bits=2.5,activation-bits=2.5")
+        losses[name] = -given.evaluator(method.allocate(given).assignment[None])[0]
+    assert losses["single"] < losses["inverted"]
+
+
+class _Additive:
+    """An evaluator without interactions: slot damages that add up, with a little noise between groups of samples."""
+
+    fingerprint, groups, rows_per_batch = "additive", np.full(4, 0.25), 8
+
+    def __init__(self, space: object, interaction: float, shift: float) -> None:
+        self.space, self.slots = space, tuple(s.name for s in space.slots)
+        rng = np.random.default_rng(3)
+        self.damage = np.sort(rng.exponential(size=space.mask.shape))[:, ::-1]
+        self.damage[:, -1] = 0
+        self.interaction, self.shift = interaction, shift
+        self.asked = 0
+
+    def by_group(self, rows: np.ndarray) -> np.ndarray:
+        self.asked += len(rows)
+        parts = self.damage[np.arange(len(self.slots)), np.asarray(rows, np.intp)]
+        loss = parts.sum(1) + self.interaction * (parts[:, 0] * parts[:, 1] + parts[:, 2] * parts[:, 3] * parts[:, 4])
+        return -(loss[:, None] * (1 + 0.05 * np.arange(4)) + self.shift)
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        return self.by_group(rows) @ self.groups
+
+
+def test_shapley_spends_nothing_where_scores_add_up_and_wins_where_they_do_not(net: Net) -> None:
+    space = problem(net, Single()).space
+    budget = parse("weight-bits=4,activation-bits=4", space)
+    found = {}
+    for interaction in (0.0, 20.0):
+        search, apart = _Additive(space, interaction, 1.0), _Additive(space, interaction, 1.3)
+        given = Problem(space, budget, search, apart, None, 600, 0)
+        answer = Shapley().allocate(given)
+        plain = Milp()(answer.scores, budget)
+        found[interaction] = answer, search(plain[None])[0], search(answer.assignment[None])[0], search.asked + apart.asked
+    answer, plain, chosen, asked = found[0.0]
+    assert "additive within noise" in answer.finding and chosen == plain and asked < 250
+    answer, plain, chosen, asked = found[20.0]
+    assert "confirmed" in answer.finding and chosen > plain and asked <= 610
+    assert (answer.attribution.standard_errors >= 0).all()
+
+
+def test_a_method_of_the_users_own(net: Net) -> None:
+    class Lowest:
+        holdout = False
+
+        def allocate(self, problem: Problem) -> Answer:
+            return Answer(problem.space.lowest())
+
+    result = smpq_ext.search(net, [samples(64, 1)], bits=BITS, budget="weight-bits=2", method=Lowest())
+    assert set(result.plan.bits.values()) == {2, 8} and result.plan.method == "lowest"
+    with pytest.raises(Infeasible, match="weight-bits"):
+        smpq_ext.search(net, [samples(64, 1)], bits=BITS, budget="weight-bits=1.9", method="single")
