@@ -12,7 +12,12 @@ from hypothesis import HealthCheck, settings
 
 from smpq_ext import ops
 
-settings.register_profile("smpq", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.register_profile(
+    "smpq",
+    deadline=None,
+    derandomize=bool(os.environ.get("CI")),  # the same cases in every CI run; new ones on a developer's machine
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 settings.load_profile("smpq")
 
 WHERE = os.environ.get("SMPQ_TEST_DEVICE", "cpu")

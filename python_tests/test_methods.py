@@ -53,6 +53,10 @@ def samples(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def net() -> Net:
+    return trained()
+
+
+def trained() -> Net:
     torch.manual_seed(0)
     model, (x, y) = Net(), samples(256, 0)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)

@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from python_tests.results import a_result
 
+from python_tests.results import a_result
 from smpq_ext.core import Result
 from smpq_ext.report import page, tables
 from smpq_ext.report.figures import figures
@@ -44,7 +44,11 @@ def test_the_page_is_one_file_that_needs_no_network_and_no_script(tmp_path):
     html = checked(path.read_text())
     assert html.seen.count("img") == 3 and "script" not in html.seen and "link" not in html.seen
     assert all(link.startswith("data:image/svg+xml;base64,") for link in html.links)
-    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["predicted.svg", "scores.svg", "sensitivity.svg"]
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == [
+        "predicted.svg",
+        "scores.svg",
+        "sensitivity.svg",
+    ]
 
 
 def test_the_page_says_what_was_found_and_what_it_took():

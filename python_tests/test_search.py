@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -71,53 +74,48 @@ def test_chunk_sizes_do_not_change_the_plan(net: Net, renormalize: bool, monkeyp
 
 
 @pytest.mark.slow
-def test_killed_twenty_times_it_goes_on_and_repeats_at_most_one_batch_each(net: Net, tmp_path: Path) -> None:
-    """A child runs the search with a store; it is killed at random moments, and the last one may finish."""
-    expected = run(net).plan.to_json()
-    torch.set_num_threads(1)  # a forked child has no other threads
-    log, store = tmp_path / "rows", tmp_path / "evaluations.sqlite"
-    by_group, largest = engine.TorchEvaluator.by_group, [0]
+def test_killed_twenty_times_it_goes_on_and_repeats_at_most_one_batch_each(tmp_path: Path) -> None:
+    """A search with a store, killed at random moments until it has been hit 20 times; then it may finish."""
+    root = Path(__file__).parents[1]
+    with subprocess.Popen(
+        [sys.executable, "-m", "python_tests.killable"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root
+    ) as server:
 
-    def logged(self: engine.TorchEvaluator, rows: np.ndarray) -> np.ndarray:
-        with log.open("a") as file:
-            file.write(f"{len(rows)}\n")
-        return by_group(self, rows)
+        def start(folder: Path) -> int:
+            server.stdin.write(f"{folder}\n")
+            server.stdin.flush()
+            return int(server.stdout.readline())
 
-    def child() -> int:
-        pid = os.fork()
-        if pid == 0:
-            engine.TorchEvaluator.by_group = logged
-            try:
-                result = run(net, store=store)
-                (tmp_path / "plan").write_text(repr(result.plan.to_json()))
-                os._exit(0)
-            except BaseException:
-                os._exit(1)
-        return pid
+        def wait() -> int:
+            return int(server.stdout.readline())
 
-    start = time.perf_counter()
-    os.waitpid(child(), 0)
-    whole = time.perf_counter() - start
-    distinct = sum(int(line) for line in log.read_text().split())
-    largest = max(int(line) for line in log.read_text().split())
-    for file in tmp_path.iterdir():
-        file.unlink()
+        assert server.stdout.readline() == "ready\n"
+        whole, killed = tmp_path / "whole", tmp_path / "killed"
+        whole.mkdir()
+        killed.mkdir()
+        began = time.perf_counter()
+        start(whole)
+        assert wait() == 0
+        seconds = time.perf_counter() - began
+        asked = [int(line) for line in (whole / "rows").read_text().split()]
 
-    rng, kills = np.random.default_rng(0), 0
-    for _ in range(60):
-        pid = child()
-        time.sleep(rng.uniform(0.1, 0.6) * whole)
-        os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-        kills += os.WIFSIGNALED(status)
-        if kills >= 20:
-            break
-    pid = child()
-    assert os.waitpid(pid, 0)[1] == 0
-    assert (tmp_path / "plan").read_text() == repr(expected)
-    computed = sum(int(line) for line in log.read_text().split())
-    assert computed <= distinct + kills * largest
-    assert kills >= 20
+        rng, hits = np.random.default_rng(0), 0
+        for _ in range(100):
+            pid = start(killed)
+            time.sleep(rng.uniform(0.05, 0.7) * seconds)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            hits += os.WIFSIGNALED(wait())
+            if hits == 20:
+                break
+            (killed / "plan").unlink(missing_ok=True)
+        start(killed)
+        assert wait() == 0
+        server.stdin.close()
+    assert hits == 20
+    assert (killed / "plan").read_text() == (whole / "plan").read_text()
+    computed = sum(int(line) for line in (killed / "rows").read_text().split())
+    assert computed <= sum(asked) + hits * max(asked)
 
 
 def test_bad_arguments_are_refused_before_anything_is_computed(net: Net, tmp_path: Path) -> None:

@@ -121,7 +121,11 @@ def _file(path: Path) -> ModuleType:
     if name in sys.modules or spec is None or spec.loader is None:
         raise SmpqError(f"model: {path} cannot be imported, another module is called {name!r}; rename the file")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 

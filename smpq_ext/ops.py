@@ -270,11 +270,10 @@ def _coalition_conv2d(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    def conv(rows: Tensor, w: Tensor) -> Tensor:
-        out = F.conv2d(rows.flatten(0, 1), w, bias, stride, padding, dilation, groups)
-        return out.unflatten(0, rows.shape[:2])
+    def conv(rows: Tensor, w: Tensor) -> Tensor:  # four dimensions, so that channels-last stays
+        return F.conv2d(rows.flatten(0, 1), w, bias, stride, padding, dilation, groups)
 
-    return _per_variant(x, weight, variant, conv)
+    return _per_variant(x, weight, variant, conv).unflatten(0, x.shape[:2])
 
 
 _library.define("coalition_linear(Tensor x, Tensor weight, Tensor? bias, int[] variant) -> Tensor")

@@ -59,13 +59,16 @@ class Observed:
 
 
 def weight_grids(weight: Tensor, axis: int, widths: tuple[int, ...], calibrate: Calibrate) -> Grids:
-    """Symmetric grids per output channel, codes [-2^(b-1), 2^(b-1) - 1]; 1 bit is {-1, +1} * mean|w|.
+    """Symmetric grids per output channel, codes [1 - 2^(b-1), 2^(b-1) - 1]; 1 bit is {-1, +1} * mean|w|.
 
+    The code -2^(b-1) is left out: at 2 bits it makes a grid whose errors do not average out, and the shift of the
+    means is worse than the error it saves (docs/performance.md).
     The zero point is an integer tensor of zeros, or -1/2 where a width is 1 bit.
     """
     w = weight.detach().movedim(axis, 0).float()
     w = w.reshape(w.shape[0], -1)
     low, high = _bounds(widths, signed=True, device=w.device)
+    low = torch.where(high > 0, -high, low)
     if calibrate == "percentile":
         k = max(1, math.ceil(WEIGHT_PERCENTILE * w.shape[1]))
         top = w.abs().kthvalue(k, dim=1).values

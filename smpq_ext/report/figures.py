@@ -101,6 +101,7 @@ def scores(result: Result) -> Figure | None:
 def sensitivity(result: Result) -> Figure | None:
     """One bar per slot with its standard error, the largest first: Shapley values, or scores at the lowest width."""
     slots = result.space.slots
+    known: NDArray[np.float64] | None
     if result.attribution is not None and len(result.attribution.values) == len(slots):
         values, known = result.attribution.values, result.attribution.standard_errors
         label = "Shapley value of the slot near the plan (loss)"
