@@ -155,7 +155,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
-def test_op(  # noqa: PLR0917
+def test_op(
     benchmark: Any, table: list[dict[str, Any]], name: str, dtype: torch.dtype, axis: int | None, threads: int
 ) -> None:
     keep_freed_memory()

@@ -94,7 +94,7 @@ def summary(cells: Sequence[dict[str, Any]]) -> tuple[float, float]:
 
 
 def rows_of(groups: dict[str, dict[str, list[dict[str, Any]]]], better: str, digits: int) -> list[dict[str, Any]]:
-    """A row per method, a column per group (mode and budget), each cell «mean ± standard error»; then who shapley beats."""
+    """A row per method, a column per group (mode and budget), «mean ± standard error»; then who shapley beats."""
     rows = []
     for method in METHODS:
         row: dict[str, Any] = {"method": method}

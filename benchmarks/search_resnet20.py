@@ -1,7 +1,7 @@
 """ResNet-20 on CIFAR-10 (JPEG): top-1 of every method's plan on the 10,000 test images, at equal average widths.
 
 Weights and activations from {2, 3, 4, 6, 8} bits, first and last layer at 8; KL to the float model on 512 of the 5,000
-training rows that were kept out of its fine-tuning. With BatchNorm statistics re-estimated for every assignment, and not.
+training rows kept out of its fine-tuning. BatchNorm statistics kept, or re-estimated for every assignment.
 
     python -m benchmarks.search_resnet20 [--seeds 3] [--budgets 2.5 3 4] [--methods ...] [--cells FOLDER]
 """
@@ -59,7 +59,7 @@ def main() -> None:
             )
             if cell is not None:
                 groups.setdefault(f"{mode}, {budget:g} bits", {}).setdefault(method, []).append(cell)
-    note = f"{__doc__}\nFloat model: {judge(model).mean():.4f}. {arguments.seeds} seeds, each with its own calibration rows."
+    note = f"{__doc__}\nFloat model: {judge(model).mean():.4f}. {arguments.seeds} seeds, each with rows of its own."
     save_table("search_resnet20", rows_of(groups, "higher", 4), note)
 
 

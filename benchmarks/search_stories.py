@@ -1,7 +1,7 @@
 """stories260K, weights only: NLL per token on stories 1800-1948 of every method's plan, at equal average widths.
 
-35 linear layers from {2, 3, 4, 6, 8} bits per output channel, output (tied to the embedding) at 8; searched on the NLL of
-38 stories of 192 tokens.
+35 linear layers from {2, 3, 4, 6, 8} bits per output channel, output (tied to the embedding) at 8; searched on the
+NLL of 38 stories of 192 tokens.
 
     python -m benchmarks.search_stories [--seeds 3] [--budgets 2.5 3] [--methods ...] [--cells FOLDER]
 """
@@ -32,7 +32,9 @@ def judge_nll(inputs: torch.Tensor, targets: torch.Tensor, batch: int = 50) -> J
         total, count = [], []
         with torch.inference_mode():
             for x, y in zip(inputs.split(batch), targets.split(batch), strict=True):
-                loss = nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none", ignore_index=-100)
+                loss = nn.functional.cross_entropy(
+                    model(x).flatten(0, 1), y.flatten(), reduction="none", ignore_index=-100
+                )
                 total.append(loss.view(y.shape).sum(1))
                 count.append((y != data.IGNORED).sum(1))
         tokens = torch.cat(count).double()

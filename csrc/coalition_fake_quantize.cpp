@@ -127,7 +127,8 @@ Family family(const char* op, const Args& args) {
   const auto parent = [&](int64_t row) { return args.parent ? args.parent[row] : 0; };
   for (int64_t row = 0; row < args.rows; ++row) {
     const int64_t p = parent(row);
-    STD_TORCH_CHECK(p >= 0 && p < args.parents, op, ": parent[", row, "] is ", p, ", x holds ", args.parents, " parents");
+    STD_TORCH_CHECK(p >= 0 && p < args.parents, op, ": parent[", row, "] is ", p, ", x holds ", args.parents,
+                    " parents");
     ++f.begin[p + 1];
   }
   std::partial_sum(f.begin.begin(), f.begin.end(), f.begin.begin());

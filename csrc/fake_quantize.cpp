@@ -13,8 +13,8 @@ struct Call {
 };
 
 Tensor parameter(const char* op, const char* name, const Tensor& p, const Tensor& x, const Tensor& scale) {
-  STD_TORCH_CHECK(p.numel() == scale.numel(), op, ": ", name, " has shape ", shape_of(p), ", scale has ", shape_of(scale),
-                  "; they must have as many entries");
+  STD_TORCH_CHECK(p.numel() == scale.numel(), op, ": ", name, " has shape ", shape_of(p), ", scale has ",
+                  shape_of(scale), "; they must have as many entries");
   STD_TORCH_CHECK(same_device(p, x), op, ": ", name, " is on another device than x");
   return torch::stable::contiguous(p);
 }
@@ -48,8 +48,8 @@ Call check(const char* op, const Tensor& x, const Tensor& scale, const OptionalT
   STD_TORCH_CHECK(same_device(scale, x), op, ": scale is on another device than x");
   call.scale = torch::stable::contiguous(scale);
   if (zero_point) call.zero_point = parameter(op, "zero_point", *zero_point, x, scale);
-  for (auto [name, bound, mine] : {std::tuple{"quant_min", &quant_min, &call.quant_min},
-                                   std::tuple{"quant_max", &quant_max, &call.quant_max}}) {
+  for (auto [name, bound, mine] :
+       {std::tuple{"quant_min", &quant_min, &call.quant_min}, std::tuple{"quant_max", &quant_max, &call.quant_max}}) {
     if (!*bound) continue;
     STD_TORCH_CHECK((*bound)->scalar_type() == ScalarType::Int, op, ": ", name, " must be int32");
     *mine = parameter(op, name, **bound, x, scale);
@@ -94,10 +94,12 @@ Tensor fake_quantize(const Tensor& x, const Tensor& scale, const OptionalTensor&
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& scale, const OptionalTensor& zero_point,
-    const OptionalTensor& quant_min, const OptionalTensor& quant_max, int64_t bound_min, int64_t bound_max,
-    std::optional<int64_t> axis, std::optional<int64_t> group_size, bool with_scale) {
+std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(const Tensor& grad, const Tensor& x, const Tensor& scale,
+                                                          const OptionalTensor& zero_point,
+                                                          const OptionalTensor& quant_min,
+                                                          const OptionalTensor& quant_max, int64_t bound_min,
+                                                          int64_t bound_max, std::optional<int64_t> axis,
+                                                          std::optional<int64_t> group_size, bool with_scale) {
   const char* op = "fake_quantize_backward";
   const Call call = check(op, x, scale, zero_point, quant_min, quant_max, bound_min, bound_max, axis, group_size);
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && shape_of(grad) == shape_of(x) && same_device(grad, x), op,

@@ -24,10 +24,10 @@ template <class T, class C, class Z>
 struct FakeQuantizeArgs {
   const T* x;
   T* y;
-  const C* scale;             // [channels]
-  const Z* zero_point;        // [channels], or null for 0
-  const int32_t* quant_min;   // [channels], or null for `bound_min`
-  const int32_t* quant_max;   // [channels], or null for `bound_max`
+  const C* scale;            // [channels]
+  const Z* zero_point;       // [channels], or null for 0
+  const int32_t* quant_min;  // [channels], or null for `bound_min`
+  const int32_t* quant_max;  // [channels], or null for `bound_max`
   int32_t bound_min, bound_max;
   Shape3 shape;
 };
@@ -73,28 +73,29 @@ struct QuantizationErrorArgs {
 namespace cpu {
 
 enum class Isa { baseline, avx2, avx512 };
-Isa isa();              // the best that this processor runs, or less if SMPQ_ISA=baseline|avx2 says so
+Isa isa();  // the best that this processor runs, or less if SMPQ_ISA=baseline|avx2 says so
 const char* isa_name();
 
 // Each kernel works on a range of its own units, so that the caller can share them out over threads.
-#define SMPQ_DECLARE(level)                                                                                            \
-  namespace level {                                                                                                    \
-  template <class T, class C, class Z>                                                                                 \
-  void fake_quantize(const FakeQuantizeArgs<T, C, Z>&, int64_t first_element, int64_t last_element);                   \
-  template <class T, class C, class Z> /* units: pieces, or elements where `partial` is null */                        \
-  void fake_quantize_backward(const FakeQuantizeBackwardArgs<T, C, Z>&, int64_t first_unit, int64_t last_unit);        \
-  template <class T, class C, class Z>                                                                                 \
-  void coalition_fake_quantize(const CoalitionArgs<T, C, Z>&, const int64_t* child_begin, const int64_t* children,     \
-                               int64_t first_block, int64_t last_block);                                               \
-  template <class T, class C, class Z>                                                                                 \
-  void quantization_error(const QuantizationErrorArgs<T, C, Z>&, int64_t first_piece, int64_t last_piece);             \
+#define SMPQ_DECLARE(level)                                                                                        \
+  namespace level {                                                                                                \
+  template <class T, class C, class Z>                                                                             \
+  void fake_quantize(const FakeQuantizeArgs<T, C, Z>&, int64_t first_element, int64_t last_element);               \
+  template <class T, class C, class Z> /* units: pieces, or elements where `partial` is null */                    \
+  void fake_quantize_backward(const FakeQuantizeBackwardArgs<T, C, Z>&, int64_t first_unit, int64_t last_unit);    \
+  template <class T, class C, class Z>                                                                             \
+  void coalition_fake_quantize(const CoalitionArgs<T, C, Z>&, const int64_t* child_begin, const int64_t* children, \
+                               int64_t first_block, int64_t last_block);                                           \
+  template <class T, class C, class Z>                                                                             \
+  void quantization_error(const QuantizationErrorArgs<T, C, Z>&, int64_t first_piece, int64_t last_piece);         \
   }
 SMPQ_DECLARE(baseline)
 SMPQ_DECLARE(avx2)
 SMPQ_DECLARE(avx512)
 #undef SMPQ_DECLARE
 
-// Blocks of the coalition kernel: every parent is cut into blocks of this many elements; unit = parent * blocks + block.
+// Blocks of the coalition kernel: every parent is cut into blocks of this many elements; unit = parent * blocks +
+// block.
 constexpr int64_t kCoalitionBlock = 1024;
 inline int64_t coalition_blocks(const Shape3& s) { return (s.elements() + kCoalitionBlock - 1) / kCoalitionBlock; }
 
@@ -115,14 +116,14 @@ void quantization_error(const QuantizationErrorArgs<T, C, Z>&, void* stream);
 }  // namespace cuda
 
 // Every (T, C, Z) that is compiled; used by the instantiations of both sides.
-#define SMPQ_FOR_EACH_TYPE(X)      \
-  X(float, float, int32_t)         \
-  X(float, float, float)           \
-  X(BFloat16, float, int32_t)      \
-  X(BFloat16, float, float)        \
-  X(Float16, float, int32_t)       \
-  X(Float16, float, float)         \
-  X(double, double, int32_t)       \
+#define SMPQ_FOR_EACH_TYPE(X) \
+  X(float, float, int32_t)    \
+  X(float, float, float)      \
+  X(BFloat16, float, int32_t) \
+  X(BFloat16, float, float)   \
+  X(Float16, float, int32_t)  \
+  X(Float16, float, float)    \
+  X(double, double, int32_t)  \
   X(double, double, double)
 
 }  // namespace smpq

@@ -53,7 +53,8 @@ SMPQ_HD C raw_code(C x, const Grid<C>& g) {
   if constexpr (std::is_integral<Z>::value) {
     return std::rint(x * g.inv_scale) + g.zero_point;
   } else {
-    return std::rint(std::fma(x, g.inv_scale, g.zero_point)) + C(0);  // + 0: no negative zero, torch's codes are integers
+    return std::rint(std::fma(x, g.inv_scale, g.zero_point)) +
+           C(0);  // + 0: no negative zero, torch's codes are integers
   }
 }
 
@@ -104,7 +105,8 @@ SMPQ_HD C fake_quantize_one(C x, const Grid<C>& g) {
   return g.exact ? dequantize(code, g) : dequantize_inexact(code, g);
 }
 
-// Straight-through gradient of x, and LSQ gradients of scale and zero point (Esser et al., 2020, eq. 3), without a factor.
+// Straight-through gradient of x, and LSQ gradients of scale and zero point (Esser et al., 2020, eq. 3), without a
+// factor.
 template <class C>
 struct Gradient {
   C x, scale, zero_point;

@@ -12,12 +12,12 @@ Tensor quantization_error(const Tensor& x, const Tensor& scale, const std::optio
                   axis ? "[candidates, channels]" : "[candidates], or name the axis of its channels");
   STD_TORCH_CHECK(!axis || scale.size(1) == x.size(*axis), op, ": scale has ", axis ? scale.size(1) : 1,
                   " channels, x ", shape_of(x), " has ", axis ? x.size(*axis) : 1, " along axis ", axis.value_or(0));
-  STD_TORCH_CHECK(!zero_point || shape_of(*zero_point) == shape_of(scale), op, ": zero_point must have the shape of scale ",
-                  shape_of(scale));
+  STD_TORCH_CHECK(!zero_point || shape_of(*zero_point) == shape_of(scale), op,
+                  ": zero_point must have the shape of scale ", shape_of(scale));
   const int64_t candidates = scale.size(0);
   for (const Tensor* bound : {&quant_min, &quant_max}) {
-    STD_TORCH_CHECK(bound->scalar_type() == ScalarType::Int && bound->numel() == candidates && same_device(*bound, x), op,
-                    ": quant_min and quant_max must be int32 [candidates] on the device of x");
+    STD_TORCH_CHECK(bound->scalar_type() == ScalarType::Int && bound->numel() == candidates && same_device(*bound, x),
+                    op, ": quant_min and quant_max must be int32 [candidates] on the device of x");
   }
   STD_TORCH_CHECK(same_device(scale, x) && (!zero_point || same_device(*zero_point, x)), op,
                   ": all arguments must be on the device of x");
@@ -38,18 +38,17 @@ Tensor quantization_error(const Tensor& x, const Tensor& scale, const std::optio
     using T = typename decltype(kinds)::T;
     using C = typename decltype(kinds)::C;
     using Z = typename decltype(kinds)::Z;
-    const QuantizationErrorArgs<T, C, Z> args{data<T>(input),         data<C>(scales),
-                                              data<Z>(zeros),         data<int32_t>(low),
-                                              data<int32_t>(high),    mutable_data<double>(partial),
-                                              candidates,             shape.channels > 1,
-                                              shape};
+    const QuantizationErrorArgs<T, C, Z> args{data<T>(input),     data<C>(scales),     data<Z>(zeros),
+                                              data<int32_t>(low), data<int32_t>(high), mutable_data<double>(partial),
+                                              candidates,         shape.channels > 1,  shape};
     launch(
         x, [&](void* stream) { cuda::quantization_error(args, stream); },
         [&](int64_t first, int64_t last) { SMPQ_ON_CPU(quantization_error, args, first, last); }, piece_count(shape),
         std::max<int64_t>(1, (1 << 14) / std::min(shape.inner + 1, kPiece)));
   });
   const std::vector<int64_t> over{1, 3};
-  const Tensor sum = x.numel() == 0 ? torch::stable::new_zeros(partial, scale.sizes()) : torch::stable::sum(partial, over);
+  const Tensor sum =
+      x.numel() == 0 ? torch::stable::new_zeros(partial, scale.sizes()) : torch::stable::sum(partial, over);
   const Tensor out = torch::stable::new_empty(scale, scale.sizes(), ScalarType::Float);
   Tensor result = out;
   torch::stable::copy_(result, torch::stable::reshape(sum, scale.sizes()));

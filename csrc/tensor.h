@@ -103,18 +103,24 @@ void dispatch(const char* op, const Tensor& x, const Tensor& scale, const std::o
   STD_TORCH_CHECK(scale.scalar_type() == compute, op, ": scale must be ", is_double ? "float64" : "float32",
                   " for this x");
   const bool integer = !zero_point || zero_point->scalar_type() == ScalarType::Int;
-  STD_TORCH_CHECK(integer || zero_point->scalar_type() == compute, op, ": zero_point must be int32 or have the dtype of scale");
+  STD_TORCH_CHECK(integer || zero_point->scalar_type() == compute, op,
+                  ": zero_point must be int32 or have the dtype of scale");
   const auto with = [&](auto t, auto c) {
     using T = decltype(t);
     using C = decltype(c);
     integer ? f(Types<T, C, int32_t>{}) : f(Types<T, C, C>{});
   };
   switch (x.scalar_type()) {
-    case ScalarType::Float: return with(float{}, float{});
-    case ScalarType::BFloat16: return with(BFloat16{}, float{});
-    case ScalarType::Half: return with(Float16{}, float{});
-    case ScalarType::Double: return with(double{}, double{});
-    default: STD_TORCH_CHECK(false, op, ": x must be float32, bfloat16, float16 or float64");
+    case ScalarType::Float:
+      return with(float{}, float{});
+    case ScalarType::BFloat16:
+      return with(BFloat16{}, float{});
+    case ScalarType::Half:
+      return with(Float16{}, float{});
+    case ScalarType::Double:
+      return with(double{}, double{});
+    default:
+      STD_TORCH_CHECK(false, op, ": x must be float32, bfloat16, float16 or float64");
   }
 }
 
@@ -135,7 +141,8 @@ inline Tensor new_float64(const Tensor& like, std::vector<int64_t> size) {
   return torch::stable::new_empty(like, size, ScalarType::Double);
 }
 
-// Runs `on_device(stream)` for CUDA tensors, else `on_cpu(first, last)` over ranges of `units`, shared out over threads.
+// Runs `on_device(stream)` for CUDA tensors, else `on_cpu(first, last)` over ranges of `units`, shared out over
+// threads.
 template <class OnDevice, class OnCpu>
 void launch([[maybe_unused]] const Tensor& x, [[maybe_unused]] OnDevice&& on_device, [[maybe_unused]] OnCpu&& on_cpu,
             [[maybe_unused]] int64_t units, [[maybe_unused]] int64_t grain) {
@@ -160,11 +167,16 @@ void launch([[maybe_unused]] const Tensor& x, [[maybe_unused]] OnDevice&& on_dev
 
 // Calls the kernel that was compiled for this processor.
 #if defined(__x86_64__)
-#define SMPQ_ON_CPU(kernel, ...)                                                 \
-  switch (::smpq::cpu::isa()) {                                                  \
-    case ::smpq::cpu::Isa::avx512: ::smpq::cpu::avx512::kernel(__VA_ARGS__); break; \
-    case ::smpq::cpu::Isa::avx2: ::smpq::cpu::avx2::kernel(__VA_ARGS__); break;     \
-    default: ::smpq::cpu::baseline::kernel(__VA_ARGS__);                         \
+#define SMPQ_ON_CPU(kernel, ...)                  \
+  switch (::smpq::cpu::isa()) {                   \
+    case ::smpq::cpu::Isa::avx512:                \
+      ::smpq::cpu::avx512::kernel(__VA_ARGS__);   \
+      break;                                      \
+    case ::smpq::cpu::Isa::avx2:                  \
+      ::smpq::cpu::avx2::kernel(__VA_ARGS__);     \
+      break;                                      \
+    default:                                      \
+      ::smpq::cpu::baseline::kernel(__VA_ARGS__); \
   }
 #else
 #define SMPQ_ON_CPU(kernel, ...) ::smpq::cpu::baseline::kernel(__VA_ARGS__)

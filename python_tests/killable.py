@@ -1,4 +1,4 @@
-"""Runs one search per line of standard input, each in a forked child that may be killed: tells its pid, then its status.
+"""Runs one search per line of standard input, in a forked child that may be killed: tells its pid, then its status.
 
 The parent never searches, so no child inherits a thread pool (HiGHS's or torch's) without its threads.
 """
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from test_methods import samples, trained
 
-from python_tests.test_methods import samples, trained
 from smpq_ext import driver
 from smpq_ext.engine.evaluator import TorchEvaluator
 

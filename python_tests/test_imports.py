@@ -12,13 +12,16 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "smpq_ext"
 
 # room -> the rooms of the package that it may import, besides itself
-NUMBERS = {"core", "registry", "budget", "games", "store"}
+NUMBERS = {"core", "registry", "budget", "games", "store", "surrogate"}
 ALLOWED = {
     "core": set(),
     "registry": {"core"},
     "games": {"core"},
     "budget": {"core"},
     "store": {"core"},
+    "surrogate": {"core"},
+    "inputs": {"core"},
+    "doctor": {"ops", "reference", "_C"},
     "estimators": {"core"},
     "solvers": {"core"},
     "report": {"core", "registry", "budget"},

@@ -1,4 +1,4 @@
-"""Every method that the registry finds, on a small trained network: the budget, replay, evaluations, and what each is for."""
+"""Every method that the registry finds, on a small trained network: budget, replay, evaluations, and what it is for."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def problem(net: nn.Module, method: object, budget: str = BUDGET, seed: int = 0,
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_contract_of_a_method(net: Net, name: str) -> None:
-    """Within the budget, the same answer for the same seed, no more evaluations than allowed, tables of the right shape."""
+    """Within the budget, the same answer for the same seed, no more evaluations than allowed, tables of one shape."""
     kind = registry.find("methods", name)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     answers: list[Answer] = []
@@ -104,7 +104,7 @@ def test_the_contract_of_a_method(net: Net, name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_budget_that_cannot_be_met_is_refused(net: Net, name: str) -> None:
     method = registry.find("methods", name)()
-    with pytest.raises(SmpqError, match="budget|weight-bits"):
+    with pytest.raises(SmpqError, match=r"budget|weight-bits"):
         method.allocate(problem(net, method, budget="weight-bits=1.5"))
 
 
@@ -183,7 +183,12 @@ def test_shapley_spends_nothing_where_scores_add_up_and_wins_where_they_do_not(n
         given = Problem(space, budget, search, apart, None, 600, 0)
         answer = Shapley().allocate(given)
         plain = Milp()(answer.scores, budget)
-        found[interaction] = answer, search(plain[None])[0], search(answer.assignment[None])[0], search.asked + apart.asked
+        found[interaction] = (
+            answer,
+            search(plain[None])[0],
+            search(answer.assignment[None])[0],
+            search.asked + apart.asked,
+        )
     answer, plain, chosen, asked = found[0.0]
     assert "additive within noise" in answer.finding and chosen == plain and asked < 250
     answer, plain, chosen, asked = found[20.0]

@@ -14,7 +14,24 @@ import smpq_ext
 from smpq_ext import ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-38, 0.5, 1.5, 2.5, -0.5, -1.5, 65504.0, 3e38, -3e38, math.inf, -math.inf, math.nan]
+SPECIAL = [
+    0.0,
+    -0.0,
+    1e-45,
+    -1e-45,
+    1e-38,
+    0.5,
+    1.5,
+    2.5,
+    -0.5,
+    -1.5,
+    65504.0,
+    3e38,
+    -3e38,
+    math.inf,
+    -math.inf,
+    math.nan,
+]
 
 
 def bits_equal(a: Tensor, b: Tensor) -> bool:
@@ -86,7 +103,12 @@ def test_fake_quantize_is_torch_where_torch_is_defined(device: str, data: st.Dat
     kept = torch.where(defined, x, torch.zeros_like(x))
     assume(scale.numel())  # torch's op refuses an empty scale
     ours = smpq_ext.fake_quantize(
-        kept.to(device), scale.to(device), None if zero is None else zero.to(device), quant_min=low, quant_max=high, axis=axis
+        kept.to(device),
+        scale.to(device),
+        None if zero is None else zero.to(device),
+        quant_min=low,
+        quant_max=high,
+        axis=axis,
     )
     assert bits_equal(ours.cpu(), torch_says(kept, scale, zero, low, high, axis))
 
@@ -230,17 +252,28 @@ def test_coalition_fake_quantize_is_its_reference(device: str, args: tuple[Tenso
 
 @given(args=coalitions())
 def test_a_one_hot_row_is_fake_quantize(device: str, args: tuple[Tensor, ...]) -> None:
-    x, scale, zero, low, high, mixtures, axis, _ = (a.to(device) if isinstance(a, Tensor) else a for a in args)
+    x, scale, zero, low, high, _, axis, _ = (a.to(device) if isinstance(a, Tensor) else a for a in args)
     eye = torch.eye(len(scale), dtype=scale.dtype, device=device)
-    rows = ops._smpq.coalition_fake_quantize(x, scale, zero, low, high, eye, None if axis is None else axis % x.dim(), None) if (
-        axis is None or scale.shape[1] == x.shape[axis % x.dim()]
-    ) else None
+    rows = (
+        ops._smpq.coalition_fake_quantize(
+            x, scale, zero, low, high, eye, None if axis is None else axis % x.dim(), None
+        )
+        if (axis is None or scale.shape[1] == x.shape[axis % x.dim()])
+        else None
+    )
     if rows is None:
         return
     for c in range(len(scale)):
         one = ops._smpq.fake_quantize(
-            x, scale[c], None if zero is None else zero[c], None, None, int(low[c]), int(high[c]),
-            None if axis is None else axis % x.dim(), None,
+            x,
+            scale[c],
+            None if zero is None else zero[c],
+            None,
+            None,
+            int(low[c]),
+            int(high[c]),
+            None if axis is None else axis % x.dim(),
+            None,
         )
         assert bits_equal(rows[c].cpu(), one.cpu())
 

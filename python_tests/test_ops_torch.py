@@ -47,9 +47,12 @@ def cases(dtype: torch.dtype, device: str) -> dict[str, list[tuple]]:
     ]
     return {
         "fake_quantize": forward,
-        "fake_quantize_backward": [(torch.ones_like(x), *args, k == 2) for k, args in enumerate(
-            [tuple(a.detach() if isinstance(a, Tensor) else a for a in args) for args in forward]
-        )],
+        "fake_quantize_backward": [
+            (torch.ones_like(x), *args, k == 2)
+            for k, args in enumerate(
+                [tuple(a.detach() if isinstance(a, Tensor) else a for a in args) for args in forward]
+            )
+        ],
         "coalition_fake_quantize": coalition,
         "coalition_fake_quantize_list": [
             ([x, x[0]], [many[:, :4], many], [many[:, :4], many], [low] * 2, [high] * 2, [mixtures] * 2, 0)
@@ -83,7 +86,11 @@ def test_schemas_are_those_of_the_reference() -> None:
 
 
 def test_layers_are_one_torch_layer_for_each_row(device: str) -> None:
-    x, w, b = torch.randn(4, 2, 4, 7, 7, device=device), torch.randn(3, 8, 2, 3, 3, device=device), torch.randn(8, device=device)
+    x, w, b = (
+        torch.randn(4, 2, 4, 7, 7, device=device),
+        torch.randn(3, 8, 2, 3, 3, device=device),
+        torch.randn(8, device=device),
+    )
     variant = [2, 0, 0, 1]
     ours = smpq_ext.coalition_conv2d(x, w, b, variant, (2, 2), (1, 1), (1, 1), 2)
     for row, v, y in zip(x, variant, ours, strict=True):
@@ -139,7 +146,8 @@ def test_coalition_gradients_are_those_of_its_sum(device: str) -> None:
         for i in range(4):
             source = x if parent is None else x[parent[i]]
             parts = [
-                mixtures[i, c] * smpq_ext.fake_quantize(source, scale[c], quant_min=int(low[c]), quant_max=int(high[c]), axis=axis)
+                mixtures[i, c]
+                * smpq_ext.fake_quantize(source, scale[c], quant_min=int(low[c]), quant_max=int(high[c]), axis=axis)
                 for c in range(3)
             ]
             rows.append(sum(parts))
@@ -166,7 +174,9 @@ def test_vmap_over_inputs_and_grids(device: str) -> None:
     x = torch.randn(4, 6, 5, device=device)
     scale = torch.rand(4, 6, device=device) + 0.1
     ours = torch.func.vmap(lambda x, s: smpq_ext.fake_quantize(x, s, bits=4, axis=0))(x, scale)
-    assert torch.equal(ours, torch.stack([smpq_ext.fake_quantize(a, s, bits=4, axis=0) for a, s in zip(x, scale, strict=True)]))
+    assert torch.equal(
+        ours, torch.stack([smpq_ext.fake_quantize(a, s, bits=4, axis=0) for a, s in zip(x, scale, strict=True)])
+    )
     ours = torch.func.vmap(lambda x: smpq_ext.fake_quantize(x, scale[0], bits=4, axis=0), in_dims=0)(x)
     assert torch.equal(ours, torch.stack([smpq_ext.fake_quantize(a, scale[0], bits=4, axis=0) for a in x]))
 
@@ -196,7 +206,9 @@ def test_compile_fullgraph(device: str) -> None:
 @pytest.mark.slow
 def test_more_than_two_to_the_31_elements(device: str) -> None:
     count = 2**31 + 1025
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = (
+        torch.cuda.mem_get_info()[0] if device == "cuda" else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    )
     if free < 10 * 2**30:
         pytest.skip("needs 10 GiB of free memory")
     x = torch.full((count,), 0.3, dtype=torch.bfloat16, device=device)

@@ -26,7 +26,7 @@ _PUBLIC = {
     "SmpqError": "core",
     "Infeasible": "core",
 }
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

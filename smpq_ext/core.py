@@ -292,7 +292,9 @@ class Problem:
     space: Space
     budget: Budget
     evaluator: Evaluator
-    holdout: Evaluator | None  # the same model on calibration samples kept apart; only for methods with `holdout = True`
+    holdout: (
+        Evaluator | None
+    )  # the same model on calibration samples kept apart; only for methods with `holdout = True`
     model: Any  # the engine's handle on model and data, for methods that need gradients or weights
     evaluations: int  # at most so many rows may be asked of evaluator and holdout together
     seed: int

@@ -109,7 +109,11 @@ class Study:
         )
         space = self.engine.space
         limits = budgets.parse(budget, space)
-        parts = self.engine.split(HOLDOUT_SHARE, np.random.default_rng([seed, 0])) if self.method.holdout else (self.engine, None)
+        parts = (
+            self.engine.split(HOLDOUT_SHARE, np.random.default_rng([seed, 0]))
+            if self.method.holdout
+            else (self.engine, None)
+        )
         kept: Store = MemoryStore() if store is None else store  # type: ignore[assignment]
         if isinstance(store, str | os.PathLike):
             kept = SqliteStore(store)

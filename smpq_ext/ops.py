@@ -24,7 +24,7 @@ OPS = (
 )
 
 try:
-    from smpq_ext import _C  # registers torch.ops.smpq.*
+    from smpq_ext import _C  # noqa: F401 - registers torch.ops.smpq.*
 
     compiled = True
 except ImportError as error:
@@ -163,7 +163,7 @@ def quantization_error(
     *,
     axis: int | None = None,
 ) -> Tensor:
-    """Sum over x of (fake_quantize(x) - x)^2 for every candidate grid, without materialising any; float32, no gradients.
+    """Sum over x of (fake_quantize(x) - x)^2 for every candidate grid, nothing materialised; no gradients.
 
     scale, zero_point: [candidates], or [candidates, channels] with `axis`; quant_min, quant_max: int32 [candidates].
     Returns [candidates], or [candidates, channels] with `axis`.
@@ -202,12 +202,10 @@ def coalition_conv2d(
 
     Raises RuntimeError for shapes that do not fit.
     """
-    return _smpq.coalition_conv2d(
-        x, weight, bias, list(variant), list(stride), list(padding), list(dilation), groups
-    )
+    return _smpq.coalition_conv2d(x, weight, bias, list(variant), list(stride), list(padding), list(dilation), groups)
 
 
-# --- sugar -----------------------------------------------------------------------------------------------------------
+# --- sugar ---
 
 
 def _one_bit_grid(bits: int | Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -235,7 +233,7 @@ def _computable(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Te
     return scale.to(compute), zero_point
 
 
-# --- the layers for n coalitions: composed of torch's own products, so gradients, vmap and compile follow --------------
+# --- the layers for n coalitions: composed of torch's own products, so gradients, vmap and compile follow ---
 
 _library = torch.library.Library("smpq", "FRAGMENT")
 
@@ -285,7 +283,7 @@ _library.impl("coalition_linear", _coalition_linear, "CompositeImplicitAutograd"
 _library.impl("coalition_conv2d", _coalition_conv2d, "CompositeImplicitAutograd")
 
 
-# --- shapes without data -----------------------------------------------------------------------------------------------
+# --- shapes without data ---
 
 
 @torch.library.register_fake("smpq::fake_quantize")
@@ -320,7 +318,7 @@ def _(x, scale, zero_point, quant_min, quant_max, axis):  # type: ignore[no-unty
     return torch.empty_like(scale, dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
-# --- gradients ---------------------------------------------------------------------------------------------------------
+# --- gradients ---
 
 
 def _save_fake_quantize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -401,15 +399,16 @@ def _coalition_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("smpq::coalition_fake_quantize", _coalition_backward, setup_context=_save_coalition)
 
 
-# --- vmap --------------------------------------------------------------------------------------------------------------
+# --- vmap ---
 
 
 @torch.library.register_vmap("smpq::fake_quantize")
 def _(info, in_dims, x, scale, zero_point, low, high, bound_min, bound_max, axis, group_size):  # type: ignore[no-untyped-def]
+    tensors = (x, scale, zero_point, low, high)
     if any(d is not None for d in in_dims[1:5]):  # a grid for each sample
         parts = [
             _smpq.fake_quantize(
-                *(t if d is None else t.select(d, i) for t, d in zip((x, scale, zero_point, low, high), in_dims)),
+                *(t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims[:5], strict=True)),
                 *(bound_min, bound_max, axis, group_size),
             )
             for i in range(info.batch_size)
@@ -432,6 +431,6 @@ def _(info, in_dims, x, scale, zero_point, low, high, mixtures, axis, parent):  
         return out.unflatten(0, mixtures.shape[:2]), 0
     parts = []
     for i in range(info.batch_size):
-        *one, one_parent = (t if d is None else t.select(d, i) for t, d in zip(tensors, dims))
+        *one, one_parent = (t if d is None else t.select(d, i) for t, d in zip(tensors, dims, strict=True))
         parts.append(_smpq.coalition_fake_quantize(*one, axis, one_parent))
     return torch.stack(parts), 0

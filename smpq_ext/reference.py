@@ -38,7 +38,7 @@ def grouped(x: Tensor, axis: int | None, group_size: int | None) -> Tensor:
 
 
 def raw_code(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """The code before clamping. An integer zero point is added after rounding, a floating one before it, as in torch."""
+    """The code before clamping; an integer zero point is added after rounding, a floating one before, as in torch."""
     limit = torch.finfo(scale.dtype).max
     inverse = torch.where(scale == 0, 0, (1 / scale).clamp(-limit, limit))
     if zero_point is None:
@@ -77,7 +77,7 @@ def fake_quantize_backward(
     group_size: int | None,
     with_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (straight-through), scale and zero point (LSQ, Esser et al. 2020, eq. 3); the last two may be left out."""
+    """Gradients of x (straight-through), and of scale and zero point (LSQ, Esser et al. 2020, eq. 3) if wanted."""
     value, raw, code = _forward(x, scale, zero_point, quant_min, quant_max, bound_min, bound_max, axis, group_size)
     inside = raw == code
     grad_ = grouped(grad, axis, group_size).to(value.dtype)
@@ -89,7 +89,11 @@ def fake_quantize_backward(
     z = torch.zeros_like(s) if zero_point is None else broadcast(zero_point, x, axis, group_size).to(value.dtype)
     grad_scale = grad_ * torch.where(inside, (value - x_) / s, code - z)
     grad_zero_point = torch.where(inside, 0, -(grad_ * s))
-    return grad_x, grad_scale.sum_to_size(s.shape).reshape(scale.shape), grad_zero_point.sum_to_size(s.shape).reshape(scale.shape)
+    return (
+        grad_x,
+        grad_scale.sum_to_size(s.shape).reshape(scale.shape),
+        grad_zero_point.sum_to_size(s.shape).reshape(scale.shape),
+    )
 
 
 def coalition_fake_quantize(
@@ -180,7 +184,11 @@ def _forward(
     low = bound_min if quant_min is None else broadcast(quant_min, x, axis, group_size).to(compute)
     high = bound_max if quant_max is None else broadcast(quant_max, x, axis, group_size).to(compute)
     raw = raw_code(x_, s, z)
-    code = torch.clamp(raw, low, high) if isinstance(low, int) == isinstance(high, int) else raw.clamp(min=low).clamp(max=high)
+    code = (
+        torch.clamp(raw, low, high)
+        if isinstance(low, int) == isinstance(high, int)
+        else raw.clamp(min=low).clamp(max=high)
+    )
     if z is None:
         return code * s, raw, code
     if not z.is_floating_point():

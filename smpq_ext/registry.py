@@ -1,4 +1,4 @@
-"""Finds what a room offers: every file of a package that names one class in `__all__` is one entry, called as the file."""
+"""Finds what a room offers: every file of a package that names one class in `__all__` is an entry of its name."""
 
 from __future__ import annotations
 

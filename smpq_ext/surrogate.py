@@ -29,6 +29,7 @@ class Surrogate:
         self.predict = predict
         self.base = base
         self._chosen_at = 0  # how many rows there were when the kernel was chosen
+        self.settings = GRID[0][0], GRID[1][0], GRID[2][0]
 
     def fit(self, rows: Assignments, losses: Values) -> None:
         """Learn from measured losses [n] of assignments [n, slots]."""
@@ -57,7 +58,7 @@ class Surrogate:
             self._chosen_at = len(rows)
 
     def sample(self, rows: Assignments, count: int, rng: np.random.Generator) -> NDArray[np.float64]:
-        """Draws [count, n] from the posterior of the log increase of assignments [n, slots], all draws of one function."""
+        """Draws [count, n] from the posterior of the log increase of assignments [n, slots], each one function."""
         mean, cross = self._posterior(rows)
         reduced = solve_triangular(self.factor, cross.T, lower=True)
         covariance = self._kernel(self._matches(rows, rows), *self.settings[:2]) - reduced.T @ reduced
@@ -89,19 +90,17 @@ class Surrogate:
         return additive * matches + (1 - additive) * np.exp((matches - 1) / length)
 
 
-def neighbours(
-    rows: Assignments, space: Space, budget: Budget, count: int, rng: np.random.Generator
-) -> Assignments:
+def neighbours(rows: Assignments, space: Space, budget: Budget, count: int, rng: np.random.Generator) -> Assignments:
     """Up to `count` distinct feasible assignments, each a few steps up and down from one of `rows` [n, slots]."""
     highest = space.highest()
     tries = 8 * count
-    new = rows[rng.integers(len(rows), size=tries)].astype(np.int16)
+    new = rows[rng.integers(len(rows), size=tries)]  # a few steps beyond the ends still fit in int8
     for step in (1, -1):
         moves = rng.integers(0 if step > 0 else 1, 4, size=tries)
         for k in range(3):
             slot = rng.integers(len(highest), size=tries)
             new[np.arange(tries), slot] += step * (k < moves)
-    new = np.clip(new, 0, highest).astype(np.int8)
+    new = np.clip(new, np.int8(0), highest)
     for group in budget.tied:
         new[:, list(group)] = new[:, [group[0]]]
     new = np.unique(new[budget.feasible(new)], axis=0)

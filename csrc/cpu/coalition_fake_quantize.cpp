@@ -79,12 +79,18 @@ bool quantize_and_mix(const CoalitionArgs<T, C, Z>& a, const C* mixture, const T
     }
     if (!folds) return;
     switch (count) {
-      case 0: return std::fill(y + begin, y + end, Convert<T>::from(C(0)));
-      case 1: return quantize_and_mix<1>(grids, weights, x + begin, end - begin, y + begin);
-      case 2: return quantize_and_mix<2>(grids, weights, x + begin, end - begin, y + begin);
-      case 3: return quantize_and_mix<3>(grids, weights, x + begin, end - begin, y + begin);
-      case 4: return quantize_and_mix<4>(grids, weights, x + begin, end - begin, y + begin);
-      default: return quantize_and_mix<5>(grids, weights, x + begin, end - begin, y + begin);
+      case 0:
+        return std::fill(y + begin, y + end, Convert<T>::from(C(0)));
+      case 1:
+        return quantize_and_mix<1>(grids, weights, x + begin, end - begin, y + begin);
+      case 2:
+        return quantize_and_mix<2>(grids, weights, x + begin, end - begin, y + begin);
+      case 3:
+        return quantize_and_mix<3>(grids, weights, x + begin, end - begin, y + begin);
+      case 4:
+        return quantize_and_mix<4>(grids, weights, x + begin, end - begin, y + begin);
+      default:
+        return quantize_and_mix<5>(grids, weights, x + begin, end - begin, y + begin);
     }
   });
   return folds;
@@ -104,12 +110,18 @@ void mix(const C* const* values, const C* weights, int64_t n, T* __restrict y) {
 template <class T, class C>
 void mix(const C* const* values, const C* weights, int64_t count, int64_t n, T* __restrict y, C* __restrict scratch) {
   switch (count) {
-    case 1: return mix<1>(values, weights, n, y);
-    case 2: return mix<2>(values, weights, n, y);
-    case 3: return mix<3>(values, weights, n, y);
-    case 4: return mix<4>(values, weights, n, y);
-    case 5: return mix<5>(values, weights, n, y);
-    default: break;
+    case 1:
+      return mix<1>(values, weights, n, y);
+    case 2:
+      return mix<2>(values, weights, n, y);
+    case 3:
+      return mix<3>(values, weights, n, y);
+    case 4:
+      return mix<4>(values, weights, n, y);
+    case 5:
+      return mix<5>(values, weights, n, y);
+    default:
+      break;
   }
   mix<5, C, C>(values, weights, n, scratch);
   for (int64_t k = 5; k < count; ++k) {
@@ -168,8 +180,9 @@ void coalition_fake_quantize(const CoalitionArgs<T, C, Z>& a, const int64_t* chi
   }
 }
 
-#define SMPQ_INSTANTIATE(T, C, Z) \
-  template void coalition_fake_quantize<T, C, Z>(const CoalitionArgs<T, C, Z>&, const int64_t*, const int64_t*, int64_t, int64_t);
+#define SMPQ_INSTANTIATE(T, C, Z)                                                                               \
+  template void coalition_fake_quantize<T, C, Z>(const CoalitionArgs<T, C, Z>&, const int64_t*, const int64_t*, \
+                                                 int64_t, int64_t);
 SMPQ_FOR_EACH_TYPE(SMPQ_INSTANTIATE)
 
 }  // namespace smpq::cpu::SMPQ_ISA

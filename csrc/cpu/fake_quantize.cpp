@@ -110,7 +110,9 @@ void fake_quantize(const FakeQuantizeArgs<T, C, Z>& a, int64_t first, int64_t la
     });
   }
   const Period<C> p = make_period(a);
-  const auto one = [](T x, int64_t, const Grid<C>& g) { return Convert<T>::from(fake_quantize_one<Z>(to_compute(x), g)); };
+  const auto one = [](T x, int64_t, const Grid<C>& g) {
+    return Convert<T>::from(fake_quantize_one<Z>(to_compute(x), g));
+  };
   for_each_period(a.shape.channels * a.shape.inner, first, last, [&](int64_t i, int64_t end, int64_t start) {
     p.exact ? run_period<true>(a.x + i, a.y + i, end - i, p, start, one)
             : run_period<false>(a.x + i, a.y + i, end - i, p, start, one);
@@ -167,7 +169,7 @@ void fake_quantize_backward(const FakeQuantizeBackwardArgs<T, C, Z>& b, int64_t 
   }
 }
 
-#define SMPQ_INSTANTIATE(T, C, Z)                                                       \
+#define SMPQ_INSTANTIATE(T, C, Z)                                                           \
   template void fake_quantize<T, C, Z>(const FakeQuantizeArgs<T, C, Z>&, int64_t, int64_t); \
   template void fake_quantize_backward<T, C, Z>(const FakeQuantizeBackwardArgs<T, C, Z>&, int64_t, int64_t);
 SMPQ_FOR_EACH_TYPE(SMPQ_INSTANTIATE)

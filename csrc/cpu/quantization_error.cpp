@@ -37,7 +37,8 @@ void quantization_error(const QuantizationErrorArgs<T, C, Z>& a, int64_t first, 
     const T* x = a.x + run * a.shape.inner + offset;
     for (int64_t c = 0; c < a.candidates; ++c) {
       const int64_t p = a.per_channel ? c * a.shape.channels + run % a.shape.channels : c;
-      const Grid<C> g = make_grid<C>(a.scale[p], a.zero_point ? C(a.zero_point[p]) : C(0), a.quant_min[c], a.quant_max[c]);
+      const Grid<C> g =
+          make_grid<C>(a.scale[p], a.zero_point ? C(a.zero_point[p]) : C(0), a.quant_min[c], a.quant_max[c]);
       const FoldedGrid<C> f = fold(g);
       a.partial[c * pieces + piece] = can_fold<Z>(g)
                                           ? squared_error(x, n, [f](C v) { return fake_quantize_one(v, f); })

@@ -37,7 +37,9 @@ def squared_gradients(engine: TorchEvaluator) -> NDArray[np.float64]:
 
     scores = np.zeros(engine.space.mask.shape)
     samples = sum(batch.size for batch in engine.batches)
-    for size, weight, kinds in _passes(engine, fisher, lambda output, target: _label_loss(engine, output, target, generator)):
+    for size, weight, kinds in _passes(
+        engine, fisher, lambda output, target: _label_loss(engine, output, target, generator)
+    ):
         # A mean loss over `size` samples: its gradient for one sample's activation is 1/size of the sample's own, and
         # for a weight the mean of about independent ones, whose square is 1/size of theirs.
         factor = {"weight": size, "activation": size}
@@ -58,10 +60,12 @@ def hessian_scores(engine: TorchEvaluator, probes: int, seed: int) -> NDArray[np
         totals = [torch.zeros((), device=loss.device) for _ in tensors]
         for probe in range(probes):
             signs = [torch.randint(0, 2, t.shape, generator=generator).to(t) * 2 - 1 for t in tensors]
-            products = torch.autograd.grad(gradients, tensors, signs, retain_graph=probe + 1 < probes, allow_unused=True)
-            for total, sign, product in zip(totals, signs, products, strict=True):
+            products = torch.autograd.grad(
+                gradients, tensors, signs, retain_graph=probe + 1 < probes, allow_unused=True
+            )
+            for k, (sign, product) in enumerate(zip(signs, products, strict=True)):
                 if product is not None:
-                    total += (sign * product).sum() / probes
+                    totals[k] = totals[k] + (sign * product).sum() / probes
         # The mean curvature, the same for every element.
         return [(total.clamp(min=0) / t.numel()).expand(t.shape) for total, t in zip(totals, tensors, strict=True)]
 
@@ -117,7 +121,11 @@ def _passes(
                 loss = loss_of(call(model, part.inputs), part.targets)
                 tensors = weights | {f"{name}.activation": x for name, x in entered.items()}
                 found = differentiate(loss, list(tensors.values()))
-            yield part.size, part.size, {n: (t.detach(), d.detach()) for (n, t), d in zip(tensors.items(), found, strict=True)}
+            yield (
+                part.size,
+                part.size,
+                {n: (t.detach(), d.detach()) for (n, t), d in zip(tensors.items(), found, strict=True)},
+            )
 
 
 def _contract(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Supernet:
-    """A copy of the model in which every searched slot is the mixture of its candidates; weights learn straight-through.
+    """A copy of the model in which every searched slot mixes its candidates; weights learn straight-through.
 
     Weight steps follow the weights: the calibrated ratio of step to largest weight is kept. Activation steps are
     learned (LSQ). The user's model is not touched.
@@ -44,11 +44,15 @@ class Supernet:
         self.mixture = torch.from_numpy(np.ascontiguousarray(mixture, np.float32)).to(device)
         return call(self.model, inputs)
 
-    def train(self, mixture: NDArray[np.float32], steps: int, batch: int, rate: float, rng: np.random.Generator) -> None:
+    def train(
+        self, mixture: NDArray[np.float32], steps: int, batch: int, rate: float, rng: np.random.Generator
+    ) -> None:
         """`steps` of SGD (cosine, momentum 0.9, weight decay 3e-4, gradients clipped at 5) on the calibration data."""
         parameters = [p for p in self.model.parameters() if p.is_floating_point()]
         optimizer = torch.optim.SGD(
-            [{"params": parameters, "weight_decay": 3e-4}, {"params": self.steps, "lr": 0.1 * rate}], lr=rate, momentum=0.9
+            [{"params": parameters, "weight_decay": 3e-4}, {"params": self.steps, "lr": 0.1 * rate}],
+            lr=rate,
+            momentum=0.9,
         )
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
         self.model.train()
@@ -72,7 +76,7 @@ class Supernet:
         return batch.take(torch.from_numpy(index))
 
     def values(self, mixtures: Mixtures, part: Any) -> NDArray[np.float64]:
-        """Top-1 accuracy in percent of the masked networks [n] on one batch; 100 * exp(-loss) where there are no classes."""
+        """Top-1 in percent of the masked networks [n] on one batch; 100 * exp(-loss) where there are no classes."""
         found = []
         with torch.no_grad():
             for mixture in mixtures:

@@ -12,7 +12,7 @@ __all__ = ["Hessian"]
 
 
 class Hessian:
-    """Damage of (slot, candidate): mean trace of the slot's Hessian times the squared quantization error (HAWQ-V2, eq. 11).
+    """Damage of (slot, candidate): the slot's mean Hessian trace times its squared error (HAWQ-V2, eq. 11).
 
     The trace is Hutchinson's estimate with `probes` Rademacher vectors; negative estimates count as 0.
     """

@@ -1,4 +1,4 @@
-"""The default: single-slot scores, checked near the budget, and as much interaction as the network turns out to have."""
+"""The default: single-slot scores, checked near the budget, and as much interaction as there turns out to be."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from smpq_ext.core import Answer, Assignments, Attribution, Evaluator, Problem, 
 from smpq_ext.estimators.leverage import Leverage
 from smpq_ext.games import IntervalGame, Remainder
 from smpq_ext.methods.single import Scores, score_singles, standard_error
+from smpq_ext.methods.uniform import Uniform
 from smpq_ext.solvers.milp import Milp
 from smpq_ext.surrogate import Surrogate, neighbours
 
@@ -27,7 +28,7 @@ class Shapley:
     3. Where they miss nothing beyond the noise, the plan stands. Else the scores are rescaled by the Shapley values
        and solved again, and a Gaussian process learns from every assignment measured so far and proposes the next
        ones (Thompson sampling among feasible neighbours of the best).
-    4. A refined plan is kept only if the samples kept apart confirm that it is better.
+    4. A refined plan, or the uniform one, is chosen only if the samples kept apart confirm that it is better.
 
     The attribution is that of step 2, around the single-slot plan.
     """
@@ -53,26 +54,30 @@ class Shapley:
         players = int((low != high).sum())
         rounds = min(2 * players + 1, (problem.evaluations - spent) // 2 - 1)
         if players < 2 or rounds < min(2 * players, 2 ** (players - 1)):
-            return _answer(plan, scores, "too few evaluations to look beyond single slots")
+            few = "too few evaluations to look beyond single slots"
+            return Answer(plan, scores.damage, scores.errors, float(scores.predict(plan)[0]), finding=few)
         near = _Neighbourhood(problem, scores, low, high, 2 * rounds)
         spent += near.game.spent
-        probes = near.rows[2 : 2 + min(64, (problem.evaluations - spent) // 2)]
+        probes = near.rows[2 : 2 + min(64, (problem.evaluations - spent) // 4)]
         missed = _missed(near, probes, apart, on_search, on_apart)
         spent += len(probes)
-        attribution = near.attribution
-        trace = tuple(zip(scores.predict(near.rows).tolist(), (-near.values).tolist(), strict=True))
-        found = f"additive scores miss {100 * missed.share:.1f} ± {100 * missed.error:.1f} % of the variance near the budget"
+        share = f"{100 * missed.share:.1f} ± {100 * missed.error:.1f} %"
+        finding = f"additive scores miss {share} of the variance near the budget"
+        finalists = Uniform().allocate(problem).assignment[None]
         if missed.share < 2 * missed.error or missed.share < 0.01:
-            return _answer(plan, scores, f"additive within noise: {found}", attribution, trace)
-
-        rescaled = scores.damage * near.ratio[:, None]
-        starts = np.unique(np.stack([plan, solve(rescaled, problem.budget)]), axis=0)
-        room = problem.evaluations - spent - 2 * (self.finalists + 1)
-        rows, losses = self._refine(problem, on_search, near, starts, room)
-        best = rows[np.argsort(losses, kind="stable")]
-        best = best[problem.budget.feasible(best)][: self.finalists]
-        chosen, verdict = _confirm(plan, best, search, apart)
-        return _answer(chosen, scores, f"{found}; {verdict}", attribution, trace)
+            finding = f"additive within noise: {finding}"
+        else:
+            rescaled = scores.damage * near.ratio[:, None]
+            starts = np.unique(np.stack([plan, solve(rescaled, problem.budget)]), axis=0)
+            room = problem.evaluations - spent - 2 * (self.finalists + 2)
+            rows, losses = self._refine(problem, on_search, near, starts, room)
+            best = rows[np.argsort(losses, kind="stable")]
+            best = best[problem.budget.feasible(best)][: self.finalists]
+            finalists = np.concatenate([finalists, best])
+        chosen, verdict = _confirm(plan, finalists, search, apart)
+        predicted = near.predict(on_search, chosen)
+        trace = tuple(zip(on_search.predict(near.rows).tolist(), (-near.values).tolist(), strict=True))
+        return Answer(chosen, scores.damage, scores.errors, predicted, near.attribution, trace, f"{finding}; {verdict}")
 
     def _refine(
         self, problem: Problem, scores: Scores, near: _Neighbourhood, starts: Assignments, room: int
@@ -128,6 +133,12 @@ class _Neighbourhood:
         weight = measured**2 / (measured**2 + part.standard_errors**2)
         self.ratio[slots] = np.clip(1 + weight * part.values / measured, 0.2, 5.0)
 
+    def predict(self, scores: Scores, assignment: Assignments) -> float:
+        """The loss of an assignment near here: the line through what was measured, over the additive prediction."""
+        line = np.stack([np.ones(len(self.rows)), scores.predict(self.rows)], axis=1)
+        offset, slope = np.linalg.lstsq(line, -self.values, rcond=None)[0]
+        return float(offset + slope * scores.predict(assignment)[0])
+
 
 class _Recorder:
     """A game that keeps what it was asked."""
@@ -153,9 +164,7 @@ class _Missed:
     error: float
 
 
-def _missed(
-    near: _Neighbourhood, rows: Assignments, apart: Evaluator, on_search: Scores, on_apart: Scores
-) -> _Missed:
+def _missed(near: _Neighbourhood, rows: Assignments, apart: Evaluator, on_search: Scores, on_apart: Scores) -> _Missed:
     """Share of the variance of the loss near the budget that a line through the additive prediction leaves unexplained.
 
     Both factors of the covariance come from different samples, so the noise of neither enters its mean.
@@ -181,9 +190,7 @@ def _combine(a: Scores, b: Scores) -> Scores:
     )
 
 
-def _confirm(
-    plan: Assignments, finalists: Assignments, search: Evaluator, apart: Evaluator
-) -> tuple[Assignments, str]:
+def _confirm(plan: Assignments, finalists: Assignments, search: Evaluator, apart: Evaluator) -> tuple[Assignments, str]:
     """The best finalist on all samples, if those kept apart say that it beats the plan; else the plan."""
     rows = np.concatenate([plan[None], finalists])
     on_search, on_apart = -search(rows), -apart.by_group(rows)
@@ -193,17 +200,5 @@ def _confirm(
     difference = held[best] - held[0]
     said = f"loss {difference:+.4f} ± {error:.4f} on samples kept apart"
     if difference < -error and on_search[best] < on_search[0]:
-        return rows[best], f"a refined plan is confirmed, {said}"
-    return plan, f"no refined plan was confirmed, best {said}"
-
-
-def _answer(
-    plan: Assignments,
-    scores: Scores,
-    finding: str,
-    attribution: Attribution | None = None,
-    trace: tuple[tuple[float, float], ...] = (),
-) -> Answer:
-    return Answer(
-        plan, scores.damage, scores.errors, float(scores.predict(plan)[0]), attribution, trace, finding
-    )
+        return rows[best], f"another plan is confirmed, {said}"
+    return plan, f"no other plan is confirmed, the best has {said}"

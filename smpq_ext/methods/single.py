@@ -38,9 +38,7 @@ class Single:
     def allocate(self, problem: Problem) -> Answer:
         scores = score_singles(problem, problem.evaluator)
         assignment = Milp()(scores.damage, problem.budget)
-        return Answer(
-            assignment, scores.damage, scores.errors, float(scores.predict(assignment)[0])
-        )
+        return Answer(assignment, scores.damage, scores.errors, float(scores.predict(assignment)[0]))
 
 
 def singles(problem: Problem) -> NDArray[np.int8]:

@@ -19,13 +19,15 @@ __all__ = ["Smpq"]
 
 
 class Smpq:
-    """Reconstruction of SMPQ: Shapley values of (slot, candidate) pairs in a trained supernet, by truncated permutations.
+    """A reconstruction: Shapley values of (slot, candidate) pairs in a trained supernet, by truncated permutations.
 
-    The supernet trains its weights straight-through on the calibration data; then, `rounds` times: permutations from
-    the full set downwards on a fresh batch, values in percent of top-1 accuracy, cut off below half of the full value; score = mean - std over the permutations, z-scored within weights and within activations;
-    s <- 0.8 s + 0.2 z, alpha <- alpha + 0.1 s; and an epoch of training. Ours: the solver chooses by s under the budget
-    (the paper's argmax knows none), evaluation is in eval mode, `evaluations` bounds the permutations (10 in the
-    reference), and those of one round share a batch.
+    The supernet trains its weights straight-through on the calibration data. Then, `rounds` times: permutations from
+    the full set downwards on a fresh batch, values in percent of top-1 accuracy, cut off below half of the full value;
+    score = mean - std over the permutations, z-scored within weights and within activations; s <- 0.8 s + 0.2 z,
+    alpha <- alpha + 0.1 s; and an epoch of training.
+
+    Ours: the solver chooses by s under the budget (the paper's argmax knows none), evaluation is in eval mode,
+    `evaluations` bounds the permutations (10 in the reference), and those of one round share a batch.
     """
 
     holdout = False
@@ -57,8 +59,7 @@ class Smpq:
         for k in range(self.rounds):
             game = _MaskedAccuracy(net, SupernetGame(problem.evaluator, alpha), self.samples, problem.rng(2, k))
             sampler = Truncated(permutations=permutations, batch=permutations)
-            for found in sampler.steps(game, share, problem.rng(3, k)):
-                pass
+            *_, found = sampler.steps(game, share, problem.rng(3, k))
             spent += game.spent
             raw = np.zeros(mask.shape)
             raw[mask] = found.values - found.standard_errors * np.sqrt(permutations)

@@ -25,7 +25,9 @@ class Sqnr:
     def allocate(self, problem: Problem) -> Answer:
         rows = singles(problem)
         if len(rows) > problem.evaluations:
-            raise SmpqError(f"evaluations: {problem.evaluations} are too few for one per candidate; it needs {len(rows)}")
+            raise SmpqError(
+                f"evaluations: {problem.evaluations} are too few for one per candidate; it needs {len(rows)}"
+            )
         noise = -problem.model.against_float(noise_to_signal)(rows)
         damage = np.where(problem.space.mask, 0.0, np.inf)
         entries = []
