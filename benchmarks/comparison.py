@@ -93,7 +93,9 @@ def summary(cells: Sequence[dict[str, Any]]) -> tuple[float, float]:
     return float(scores.mean()), float(np.hypot(samples, seeds))
 
 
-def rows_of(groups: dict[str, dict[str, list[dict[str, Any]]]], better: str, digits: int) -> list[dict[str, Any]]:
+def rows_of(
+    groups: dict[str, dict[str, list[dict[str, Any]]]], better: str, digits: int, seeds: int
+) -> list[dict[str, Any]]:
     """A row per method, a column per group (mode and budget), «mean ± standard error»; then who shapley beats."""
     rows = []
     for method in METHODS:
@@ -101,15 +103,18 @@ def rows_of(groups: dict[str, dict[str, list[dict[str, Any]]]], better: str, dig
         for group, found in groups.items():
             cells = found.get(method)
             row[group] = "–" if not cells else "{:.{d}f} ± {:.{d}f}".format(*summary(cells), d=digits)
+            if cells and len(cells) < seeds:
+                row[group] += f" ({len(cells)} of {seeds} seeds)"
         rows.append(row)
     verdict: dict[str, Any] = {"method": f"shapley against the best other ({better})"}
     for group, found in groups.items():
-        others = {m: c for m, c in found.items() if m != "shapley" and c}
-        if "shapley" not in found or not others:
+        mine = found.get("shapley", [])
+        others = {m: c for m, c in found.items() if m != "shapley" and len(c) == len(mine)}
+        if not others:
             continue
         sign = 1.0 if better == "higher" else -1.0
         best = max(others, key=lambda m: sign * summary(others[m])[0])
-        mean, error = compare(found["shapley"], others[best])
+        mean, error = compare(mine, others[best])
         word = "tie" if abs(mean) < 2 * error else "ahead" if sign * mean > 0 else "behind"
         verdict[group] = f"{mean:+.{digits}f} ± {error:.{digits}f} against {best}: {word}"
     return [*rows, verdict]

@@ -60,7 +60,7 @@ def main() -> None:
             if cell is not None:
                 groups.setdefault(f"{mode}, {budget:g} bits", {}).setdefault(method, []).append(cell)
     note = f"{__doc__}\nFloat model: {judge(model).mean():.4f}. {arguments.seeds} seeds, each with rows of its own."
-    save_table("search_resnet20", rows_of(groups, "higher", 4), note)
+    save_table("search_resnet20", rows_of(groups, "higher", 4, arguments.seeds), note)
 
 
 if __name__ == "__main__":

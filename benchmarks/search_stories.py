@@ -75,7 +75,7 @@ def main() -> None:
         if cell is not None:
             groups.setdefault(f"{budget:g} bits", {}).setdefault(method, []).append(cell)
     note = f"{__doc__}\nFloat model: {judge(model).mean():.4f}. {arguments.seeds} seeds on the same stories."
-    save_table("search_stories", rows_of(groups, "lower", 3), note)
+    save_table("search_stories", rows_of(groups, "lower", 3, arguments.seeds), note)
 
 
 if __name__ == "__main__":

@@ -347,7 +347,10 @@ class Result:
             "tied": self.space.tied,
         }
         data["attribution"] = None if self.attribution is None else vars(self.attribution)
-        write_text(folder / "result.json", json.dumps(data, default=_plain, indent=1))
+        for name in ("scores", "score_errors"):  # +inf marks what is no candidate; JSON has no word for it
+            if data[name] is not None:
+                data[name] = [[None if np.isinf(v) else v for v in row] for row in data[name].tolist()]
+        write_text(folder / "result.json", json.dumps(data, default=_plain, indent=1, allow_nan=False))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Result:
@@ -369,7 +372,8 @@ class Result:
                     np.asarray(a["values"], np.float64), np.asarray(a["standard_errors"], np.float64), a["evaluations"]
                 )
             for name in ("scores", "score_errors"):
-                data[name] = None if data[name] is None else np.asarray(data[name], np.float64)
+                if data[name] is not None:
+                    data[name] = np.array([[np.inf if v is None else v for v in row] for row in data[name]], np.float64)
             data["trace"] = tuple((p, m) for p, m in data["trace"])
             return cls(plan=plan, **data)
         except OSError as error:

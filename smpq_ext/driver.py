@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -133,8 +134,9 @@ class Study:
 
     def seconds_per_evaluation(self) -> float:
         """Measured on a batch of rows, after one to warm up."""
-        rows = np.tile(self.problem.space.highest(), (self.engine.rows_per_batch, 1))
-        rows[:, 0] = np.arange(len(rows)) % len(self.problem.space.candidates[0])  # equal rows would be run once
+        highest = self.problem.space.highest()
+        rows = np.random.default_rng(0).integers(0, highest + 1, (self.engine.rows_per_batch, len(highest)))
+        rows = rows.astype(np.int8)
         self.engine(rows[:1])
         start = time.perf_counter()
         self.engine(rows)
@@ -194,7 +196,6 @@ class _Clock:
 
 
 def _line(stage: str, done: int, total: int) -> None:
-    """Progress as one line on standard error."""
-    import sys
-
-    print(f"\r{stage}: {done} of {total}", end="\n" if done >= total else "", file=sys.stderr, flush=True)
+    """Progress as one line on standard error; only its end where that is no terminal."""
+    if done >= total or sys.stderr.isatty():
+        print(f"\r{stage}: {done} of {total}", end="\n" if done >= total else "", file=sys.stderr, flush=True)
