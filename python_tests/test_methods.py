@@ -72,7 +72,7 @@ def problem(net: nn.Module, method: object, budget: str = BUDGET, seed: int = 0,
     engine = evaluator(net, [samples(96, 1)], bits=BITS, loss="kl")
     parts = engine.split(0.25, np.random.default_rng(0)) if method.holdout else (engine, None)
     found = [None if part is None else Recorded(part, MemoryStore()) for part in parts]
-    return Problem(engine.space, parse(budget, engine.space), found[0], found[1], engine, evaluations, seed)
+    return Problem(engine.space, parse(budget, engine.space), found[0], found[1], engine, evaluations, seed, apart=0.25)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -298,6 +298,8 @@ class Problem:
     model: Any  # the engine's handle on model and data, for methods that need gradients or weights
     evaluations: int  # at most so many rows may be asked of evaluator and holdout together
     seed: int
+    apart: float = 0.0  # the share of the calibration samples that `holdout` has
+    record: Callable[[Evaluator], Evaluator] = lambda evaluator: evaluator  # keeps what another evaluator is asked
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None
 
     def rng(self, *stream: int) -> np.random.Generator:

@@ -128,6 +128,8 @@ class Study:
             model=self.engine,
             evaluations=evaluations or EVALUATIONS_PER_SLOT * len(space.slots),
             seed=seed,
+            apart=HOLDOUT_SHARE if self.method.holdout else 0.0,
+            record=lambda evaluator: Recorded(evaluator, kept),
             progress=_line if progress is True else progress or (lambda stage, done, total: None),
         )
         self._clock.lap("calibrate")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from smpq_ext.core import Answer, Assignments, Attribution, Evaluator, Problem, Values
+from smpq_ext.core import Answer, Assignments, Attribution, Evaluator, Problem, SmpqError, Values
 from smpq_ext.estimators.leverage import Leverage
 from smpq_ext.games import IntervalGame, Remainder
-from smpq_ext.methods.single import Scores, score_singles, standard_error
+from smpq_ext.methods.single import Scores, score_singles, singles, standard_error
 from smpq_ext.methods.uniform import Uniform
 from smpq_ext.solvers.milp import Milp
 from smpq_ext.surrogate import Surrogate, neighbours
@@ -28,7 +28,8 @@ class Shapley:
     3. Where they miss nothing beyond the noise, the plan stands. Else the scores are rescaled by the Shapley values
        and solved again, and a Gaussian process learns from every assignment measured so far and proposes the next
        ones (Thompson sampling among feasible neighbours of the best).
-    4. A refined plan, or the uniform one, is chosen only if the samples kept apart confirm that it is better.
+    4. A refined plan, or the uniform one, is chosen only if it is the best on the samples of the search, and those kept
+       apart, asked once, agree by at least a standard error.
 
     The attribution is that of step 2, around the single-slot plan.
     """
@@ -43,24 +44,28 @@ class Shapley:
     def allocate(self, problem: Problem) -> Answer:
         assert problem.holdout is not None
         search, apart = problem.evaluator, problem.holdout
+        measured = 2 * len(singles(problem))
+        if measured > problem.evaluations:
+            raise SmpqError(
+                f"evaluations: {problem.evaluations} are too few to measure each slot alone, on the samples of the "
+                f"search and on those kept apart; it needs {measured}"
+            )
         solve = Milp()
         on_search, on_apart = score_singles(problem, search), score_singles(problem, apart)
-        scores = _combine(on_search, on_apart)
-        spent = 2 * (1 + int(np.isfinite(scores.damage).sum()) - len(problem.space.slots))
+        scores = _combine(on_search, on_apart, problem.apart)
         plan = solve(scores.damage, problem.budget)
 
         low = np.maximum(plan - 1, 0).astype(np.int8)
         high = np.minimum(plan + 1, problem.space.highest()).astype(np.int8)
         players = int((low != high).sum())
-        rounds = min(2 * players + 1, (problem.evaluations - spent) // 2 - 1)
-        if players < 2 or rounds < min(2 * players, 2 ** (players - 1)):
+        left = problem.evaluations - measured - 2 * (self.finalists + 2)  # what the last comparison takes is set aside
+        probes = min(32 + players, left // 4)
+        pairs = min(2 * players + 1, (left - probes) // 2)
+        if players < 2 or probes < 8 or pairs < 1 + min(2 * players, 2 ** (players - 1) - 1):
             few = "too few evaluations to look beyond single slots"
             return Answer(plan, scores.damage, scores.errors, float(scores.predict(plan)[0]), finding=few)
-        near = _Neighbourhood(problem, scores, low, high, 2 * rounds)
-        spent += near.game.spent
-        probes = near.rows[2 : 2 + min(64, (problem.evaluations - spent) // 4)]
+        near = _Neighbourhood(problem, scores, low, high, 2 * pairs)
         missed = _missed(near, probes, apart, on_search, on_apart)
-        spent += len(probes)
         share = f"{100 * missed.share:.1f} ± {100 * missed.error:.1f} %"
         finding = f"additive scores miss {share} of the variance near the budget"
         finalists = Uniform().allocate(problem).assignment[None]
@@ -69,15 +74,21 @@ class Shapley:
         else:
             rescaled = scores.damage * near.ratio[:, None]
             starts = np.unique(np.stack([plan, solve(rescaled, problem.budget)]), axis=0)
-            room = problem.evaluations - spent - 2 * (self.finalists + 2)
-            rows, losses = self._refine(problem, on_search, near, starts, room)
+            rows, losses = self._refine(problem, on_search, near, starts, left - near.game.spent - probes)
             best = rows[np.argsort(losses, kind="stable")]
             best = best[problem.budget.feasible(best)][: self.finalists]
             finalists = np.concatenate([finalists, best])
         chosen, verdict = _confirm(plan, finalists, search, apart)
-        predicted = near.predict(on_search, chosen)
         trace = tuple(zip(on_search.predict(near.rows).tolist(), (-near.values).tolist(), strict=True))
-        return Answer(chosen, scores.damage, scores.errors, predicted, near.attribution, trace, f"{finding}; {verdict}")
+        return Answer(
+            chosen,
+            scores.damage,
+            scores.errors,
+            near.predict(on_search, chosen),
+            near.attribution,
+            trace,
+            f"{finding}; {verdict}",
+        )
 
     def _refine(
         self, problem: Problem, scores: Scores, near: _Neighbourhood, starts: Assignments, room: int
@@ -164,41 +175,46 @@ class _Missed:
     error: float
 
 
-def _missed(near: _Neighbourhood, rows: Assignments, apart: Evaluator, on_search: Scores, on_apart: Scores) -> _Missed:
+def _missed(near: _Neighbourhood, count: int, apart: Evaluator, on_search: Scores, on_apart: Scores) -> _Missed:
     """Share of the variance of the loss near the budget that a line through the additive prediction leaves unexplained.
 
+    From `count` of the assignments that the game asked, evenly spread, so that both sides of the plan are among them.
     Both factors of the covariance come from different samples, so the noise of neither enters its mean.
     """
-    searched = -near.values[2 : 2 + len(rows)]
-    held = -apart(rows)
+    index = np.linspace(2, len(near.rows) - 1, count).round().astype(int)
+    rows = near.rows[index]
+    searched, held = -near.values[index], -apart(rows)
     residuals = []
     for measured, scores in ((searched, on_search), (held, on_apart)):
-        line = np.stack([np.ones(len(rows)), scores.predict(rows)], axis=1)
+        line = np.stack([np.ones(count), scores.predict(rows)], axis=1)
         residuals.append(measured - line @ np.linalg.lstsq(line, measured, rcond=None)[0])
     products = residuals[0] * residuals[1]
-    total = float(np.cov(searched, held)[0, 1]) + 1e-300
-    return _Missed(float(products.mean()) / total, float(products.std(ddof=1)) / np.sqrt(len(rows)) / total)
+    total = float(np.cov(searched, held)[0, 1])
+    if total <= 1e-12 * float(np.mean(searched**2)):
+        return _Missed(0.0, 0.0)  # the loss near the budget is the same everywhere, as far as both parts can tell
+    # Two coefficients were fitted.
+    return _Missed(float(products.sum()) / (count - 2) / total, float(products.std(ddof=1)) / np.sqrt(count) / total)
 
 
-def _combine(a: Scores, b: Scores) -> Scores:
-    """Scores on the samples of both parts, weighted by their precision where it is known, else evenly."""
-    share = 0.75
+def _combine(search: Scores, apart: Scores, share: float) -> Scores:
+    """Scores on all samples, of which `share` are apart."""
     return Scores(
-        share * a.damage + (1 - share) * b.damage,
-        np.hypot(share * a.errors, (1 - share) * b.errors),
-        share * a.base + (1 - share) * b.base,
+        (1 - share) * search.damage + share * apart.damage,
+        np.hypot((1 - share) * search.errors, share * apart.errors),
+        (1 - share) * search.base + share * apart.base,
     )
 
 
 def _confirm(plan: Assignments, finalists: Assignments, search: Evaluator, apart: Evaluator) -> tuple[Assignments, str]:
-    """The best finalist on all samples, if those kept apart say that it beats the plan; else the plan."""
+    """The finalist that is best on the samples of the search, if those apart agree by a standard error; else the plan."""
     rows = np.concatenate([plan[None], finalists])
-    on_search, on_apart = -search(rows), -apart.by_group(rows)
-    held = on_apart @ apart.groups
-    best = 1 + int(np.argmin(0.5 * on_search[1:] + 0.5 * held[1:]))
-    error = standard_error(on_apart[best] - on_apart[0], apart.groups)
-    difference = held[best] - held[0]
-    said = f"loss {difference:+.4f} ± {error:.4f} on samples kept apart"
-    if difference < -error and on_search[best] < on_search[0]:
+    best = int(np.argmin(-search(rows)))
+    if best == 0:
+        return plan, "no other plan is better"
+    losses = -apart.by_group(rows[[0, best]])
+    difference = losses[1] - losses[0]
+    mean, error = float(difference @ apart.groups), standard_error(difference, apart.groups)
+    said = f"loss {mean:+.4f} ± {error:.4f} on samples kept apart"
+    if mean < -error:
         return rows[best], f"another plan is confirmed, {said}"
     return plan, f"no other plan is confirmed, the best has {said}"

@@ -74,7 +74,9 @@ class Smpq:
         chosen = Milp()(table, problem.budget)
         values = np.zeros(len(space.slots))
         np.add.at(values, np.argwhere(mask)[:, 0], found.values)
-        attribution = Attribution(values, np.zeros(len(values)), spent)
+        variance = np.zeros(len(space.slots))
+        np.add.at(variance, np.argwhere(mask)[:, 0], found.standard_errors**2)
+        attribution = Attribution(values, np.sqrt(variance), spent)  # of the last round
         finding = "a reconstruction of SMPQ, not the authors' code"
         return Answer(chosen, table, attribution=attribution, finding=finding, evaluations=spent)
 

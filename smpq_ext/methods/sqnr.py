@@ -28,7 +28,7 @@ class Sqnr:
             raise SmpqError(
                 f"evaluations: {problem.evaluations} are too few for one per candidate; it needs {len(rows)}"
             )
-        noise = -problem.model.against_float(noise_to_signal)(rows)
+        noise = -problem.record(problem.model.against_float(noise_to_signal))(rows)
         damage = np.where(problem.space.mask, 0.0, np.inf)
         entries = []
         for row, ratio in zip(rows[1:], noise[1:], strict=True):
