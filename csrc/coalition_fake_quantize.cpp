@@ -38,7 +38,7 @@ Call check(const char* op, const Tensor& x, const Tensor& scale, const OptionalT
            const OptionalTensor& parent) {
   Call call;
   const int64_t row_dims = x.dim() - (parent ? 1 : 0);
-  STD_TORCH_CHECK(row_dims >= 0, op, ": with parent, x needs a leading dimension of parents");
+  SMPQ_CHECK(row_dims >= 0, op, ": with parent, x needs a leading dimension of parents");
   call.parents = parent ? x.size(0) : 1;
   Tensor row = parent ? (call.parents ? torch::stable::select(x, 0, 0) : torch::stable::new_empty(x, {0})) : x;
   call.x = x;
@@ -52,32 +52,32 @@ Call check(const char* op, const Tensor& x, const Tensor& scale, const OptionalT
     call.x = row = dense(x);
   }
   if (axis) axis = wrap_axis(*axis, row_dims, op);
-  STD_TORCH_CHECK(scale.dim() == (axis ? 2 : 1), op, ": scale ", shape_of(scale), " must be ",
-                  axis ? "[candidates, channels]" : "[candidates], or name the axis of its channels");
+  SMPQ_CHECK(scale.dim() == (axis ? 2 : 1), op, ": scale ", shape_of(scale), " must be ",
+             axis ? "[candidates, channels]" : "[candidates], or name the axis of its channels");
   const int64_t candidates = scale.size(0);
-  STD_TORCH_CHECK(!axis || call.parents == 0 || scale.size(1) == row.size(*axis), op, ": scale has ",
-                  axis ? scale.size(1) : 1, " channels, a row of x ", shape_of(row), " has another number along axis ",
-                  axis.value_or(0));
-  STD_TORCH_CHECK(mixtures.dim() == 2 && mixtures.size(1) == candidates, op, ": mixtures ", shape_of(mixtures),
-                  " must be [n, ", candidates, "], a weight for each candidate");
-  STD_TORCH_CHECK(mixtures.scalar_type() == scale.scalar_type(), op, ": mixtures must have the dtype of scale");
+  SMPQ_CHECK(!axis || call.parents == 0 || scale.size(1) == row.size(*axis), op, ": scale has ",
+             axis ? scale.size(1) : 1, " channels, a row of x ", shape_of(row), " has another number along axis ",
+             axis.value_or(0));
+  SMPQ_CHECK(mixtures.dim() == 2 && mixtures.size(1) == candidates, op, ": mixtures ", shape_of(mixtures),
+             " must be [n, ", candidates, "], a weight for each candidate");
+  SMPQ_CHECK(mixtures.scalar_type() == scale.scalar_type(), op, ": mixtures must have the dtype of scale");
   for (const Tensor* bound : {&quant_min, &quant_max}) {
-    STD_TORCH_CHECK(bound->scalar_type() == ScalarType::Int && bound->numel() == candidates, op,
-                    ": quant_min and quant_max must be int32 [candidates]");
+    SMPQ_CHECK(bound->scalar_type() == ScalarType::Int && bound->numel() == candidates, op,
+               ": quant_min and quant_max must be int32 [candidates]");
   }
   for (const Tensor* other : {&scale, &quant_min, &quant_max, &mixtures}) {
-    STD_TORCH_CHECK(same_device(*other, x), op, ": all arguments must be on the device of x");
+    SMPQ_CHECK(same_device(*other, x), op, ": all arguments must be on the device of x");
   }
   if (zero_point) {
-    STD_TORCH_CHECK(shape_of(*zero_point) == shape_of(scale) && same_device(*zero_point, x), op, ": zero_point ",
-                    shape_of(*zero_point), " must have the shape and device of scale ", shape_of(scale));
+    SMPQ_CHECK(shape_of(*zero_point) == shape_of(scale) && same_device(*zero_point, x), op, ": zero_point ",
+               shape_of(*zero_point), " must have the shape and device of scale ", shape_of(scale));
     call.zero_point = torch::stable::contiguous(*zero_point);
   }
   if (parent) {
-    STD_TORCH_CHECK(parent->scalar_type() == ScalarType::Long && parent->dim() == 1 &&
-                        parent->numel() == mixtures.size(0) && same_device(*parent, x),
-                    op, ": parent must be int64 [n] on the device of x, with an entry for each row of mixtures");
-    STD_TORCH_CHECK(call.parents > 0 || parent->numel() == 0, op, ": x holds no parent");
+    SMPQ_CHECK(parent->scalar_type() == ScalarType::Long && parent->dim() == 1 && parent->numel() == mixtures.size(0) &&
+                   same_device(*parent, x),
+               op, ": parent must be int64 [n] on the device of x, with an entry for each row of mixtures");
+    SMPQ_CHECK(call.parents > 0 || parent->numel() == 0, op, ": x holds no parent");
     call.parent = torch::stable::contiguous(*parent);
   }
   call.scale = torch::stable::contiguous(scale);
@@ -127,8 +127,7 @@ Family family(const char* op, const Args& args) {
   const auto parent = [&](int64_t row) { return args.parent ? args.parent[row] : 0; };
   for (int64_t row = 0; row < args.rows; ++row) {
     const int64_t p = parent(row);
-    STD_TORCH_CHECK(p >= 0 && p < args.parents, op, ": parent[", row, "] is ", p, ", x holds ", args.parents,
-                    " parents");
+    SMPQ_CHECK(p >= 0 && p < args.parents, op, ": parent[", row, "] is ", p, ", x holds ", args.parents, " parents");
     ++f.begin[p + 1];
   }
   std::partial_sum(f.begin.begin(), f.begin.end(), f.begin.begin());
@@ -186,15 +185,16 @@ std::vector<Tensor> coalition_fake_quantize_list(const std::vector<Tensor>& x, c
   const char* op = "coalition_fake_quantize_list";
   const bool zeros = zero_point.empty();
   for (const auto* list : {&scale, &quant_min, &quant_max, &mixtures}) {
-    STD_TORCH_CHECK(list->size() == x.size(), op, ": every list must have as many entries as x, ", x.size());
+    SMPQ_CHECK(list->size() == x.size(), op, ": every list must have as many entries as x, ", x.size());
   }
-  STD_TORCH_CHECK(zeros || zero_point.size() == x.size(), op, ": zero_point must be empty or as long as x");
+  SMPQ_CHECK(zeros || zero_point.size() == x.size(), op, ": zero_point must be empty or as long as x");
   std::vector<Call> calls;
   std::vector<Tensor> out;
   for (size_t k = 0; k < x.size(); ++k) {
-    STD_TORCH_CHECK(x[k].scalar_type() == x[0].scalar_type() && same_device(x[k], x[0]) &&
-                        (zeros || zero_point[k].scalar_type() == zero_point[0].scalar_type()),
-                    op, ": all tensors must share one dtype and device; entry ", k, " does not");
+    SMPQ_CHECK(x[k].scalar_type() == x[0].scalar_type() && same_device(x[k], x[0]) &&
+                   scale[k].scalar_type() == scale[0].scalar_type() &&
+                   (zeros || zero_point[k].scalar_type() == zero_point[0].scalar_type()),
+               op, ": all tensors must share one dtype and device; entry ", k, " does not");
     const OptionalTensor zero = zeros ? OptionalTensor{} : OptionalTensor{zero_point[k]};
     calls.push_back(check(op, x[k], scale[k], zero, quant_min[k], quant_max[k], mixtures[k], axis, std::nullopt));
     out.push_back(calls.back().y);

@@ -13,9 +13,9 @@ struct Call {
 };
 
 Tensor parameter(const char* op, const char* name, const Tensor& p, const Tensor& x, const Tensor& scale) {
-  STD_TORCH_CHECK(p.numel() == scale.numel(), op, ": ", name, " has shape ", shape_of(p), ", scale has ",
-                  shape_of(scale), "; they must have as many entries");
-  STD_TORCH_CHECK(same_device(p, x), op, ": ", name, " is on another device than x");
+  SMPQ_CHECK(p.numel() == scale.numel(), op, ": ", name, " has shape ", shape_of(p), ", scale has ", shape_of(scale),
+             "; they must have as many entries");
+  SMPQ_CHECK(same_device(p, x), op, ": ", name, " is on another device than x");
   return torch::stable::contiguous(p);
 }
 
@@ -24,41 +24,41 @@ Call check(const char* op, const Tensor& x, const Tensor& scale, const OptionalT
            std::optional<int64_t> axis, std::optional<int64_t> group_size) {
   Call call;
   if (group_size) {
-    STD_TORCH_CHECK(x.dim() > 0, op, ": group_size needs an x of at least one dimension");
+    SMPQ_CHECK(x.dim() > 0, op, ": group_size needs an x of at least one dimension");
     const int64_t last = x.dim() - 1;
-    STD_TORCH_CHECK(!axis || wrap_axis(*axis, x.dim(), op) == last, op, ": groups run along the last dimension of x");
-    STD_TORCH_CHECK(*group_size > 0 && x.size(last) % *group_size == 0, op, ": group_size ", *group_size,
-                    " does not divide the ", x.size(last), " elements of that dimension; choose a divisor, or pad x");
-    STD_TORCH_CHECK(scale.numel() == x.numel() / *group_size, op, ": scale has ", scale.numel(), " entries for ",
-                    x.numel() / *group_size, " groups of x ", shape_of(x));
+    SMPQ_CHECK(!axis || wrap_axis(*axis, x.dim(), op) == last, op, ": groups run along the last dimension of x");
+    SMPQ_CHECK(*group_size > 0 && x.size(last) % *group_size == 0, op, ": group_size ", *group_size,
+               " does not divide the ", x.size(last), " elements of that dimension; choose a divisor, or pad x");
+    SMPQ_CHECK(scale.numel() == x.numel() / *group_size, op, ": scale has ", scale.numel(), " entries for ",
+               x.numel() / *group_size, " groups of x ", shape_of(x));
     call.x = torch::stable::contiguous(x);
     call.shape = {1, x.numel() / *group_size, *group_size};
   } else {
     call.x = dense(x);
     if (axis) {
       axis = wrap_axis(*axis, x.dim(), op);
-      STD_TORCH_CHECK(scale.numel() == x.size(*axis), op, ": scale has ", scale.numel(), " entries, x ", shape_of(x),
-                      " has ", x.size(*axis), " channels along axis ", *axis);
+      SMPQ_CHECK(scale.numel() == x.size(*axis), op, ": scale has ", scale.numel(), " entries, x ", shape_of(x),
+                 " has ", x.size(*axis), " channels along axis ", *axis);
     } else {
-      STD_TORCH_CHECK(scale.numel() == 1, op, ": scale has ", scale.numel(),
-                      " entries; name the axis (or the group_size) that they run along");
+      SMPQ_CHECK(scale.numel() == 1, op, ": scale has ", scale.numel(),
+                 " entries; name the axis (or the group_size) that they run along");
     }
     call.shape = shape3(call.x, axis);
   }
-  STD_TORCH_CHECK(same_device(scale, x), op, ": scale is on another device than x");
+  SMPQ_CHECK(same_device(scale, x), op, ": scale is on another device than x");
   call.scale = torch::stable::contiguous(scale);
   if (zero_point) call.zero_point = parameter(op, "zero_point", *zero_point, x, scale);
   for (auto [name, bound, mine] :
        {std::tuple{"quant_min", &quant_min, &call.quant_min}, std::tuple{"quant_max", &quant_max, &call.quant_max}}) {
     if (!*bound) continue;
-    STD_TORCH_CHECK((*bound)->scalar_type() == ScalarType::Int, op, ": ", name, " must be int32");
+    SMPQ_CHECK((*bound)->scalar_type() == ScalarType::Int, op, ": ", name, " must be int32");
     *mine = parameter(op, name, **bound, x, scale);
   }
-  STD_TORCH_CHECK(quant_min || quant_max || bound_min <= bound_max, op, ": quant_min ", bound_min,
-                  " is larger than quant_max ", bound_max);
+  SMPQ_CHECK(quant_min || quant_max || bound_min <= bound_max, op, ": quant_min ", bound_min,
+             " is larger than quant_max ", bound_max);
   constexpr int64_t kWidest = 1 << 16;
-  STD_TORCH_CHECK(bound_min >= -kWidest && bound_max <= kWidest, op, ": codes [", bound_min, ", ", bound_max,
-                  "] need more than 16 bits");
+  SMPQ_CHECK(bound_min >= -kWidest && bound_max <= kWidest, op, ": codes [", bound_min, ", ", bound_max,
+             "] need more than 16 bits");
   return call;
 }
 
@@ -102,8 +102,8 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(const Tensor& grad, co
                                                           std::optional<int64_t> group_size, bool with_scale) {
   const char* op = "fake_quantize_backward";
   const Call call = check(op, x, scale, zero_point, quant_min, quant_max, bound_min, bound_max, axis, group_size);
-  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && shape_of(grad) == shape_of(x) && same_device(grad, x), op,
-                  ": grad must have the dtype, shape and device of x");
+  SMPQ_CHECK(grad.scalar_type() == x.scalar_type() && shape_of(grad) == shape_of(x) && same_device(grad, x), op,
+             ": grad must have the dtype, shape and device of x");
   const auto strides_of = [](const Tensor& t) { return std::vector<int64_t>(t.strides().begin(), t.strides().end()); };
   const Tensor grad_dense = strides_of(grad) == strides_of(call.x) ? grad : copy_as(grad, call.x);
   Tensor grad_x = torch::stable::empty_like(call.x);

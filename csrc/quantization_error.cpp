@@ -8,19 +8,19 @@ Tensor quantization_error(const Tensor& x, const Tensor& scale, const std::optio
                           const Tensor& quant_min, const Tensor& quant_max, std::optional<int64_t> axis) {
   const char* op = "quantization_error";
   if (axis) axis = wrap_axis(*axis, x.dim(), op);
-  STD_TORCH_CHECK(scale.dim() == (axis ? 2 : 1), op, ": scale ", shape_of(scale), " must be ",
-                  axis ? "[candidates, channels]" : "[candidates], or name the axis of its channels");
-  STD_TORCH_CHECK(!axis || scale.size(1) == x.size(*axis), op, ": scale has ", axis ? scale.size(1) : 1,
-                  " channels, x ", shape_of(x), " has ", axis ? x.size(*axis) : 1, " along axis ", axis.value_or(0));
-  STD_TORCH_CHECK(!zero_point || shape_of(*zero_point) == shape_of(scale), op,
-                  ": zero_point must have the shape of scale ", shape_of(scale));
+  SMPQ_CHECK(scale.dim() == (axis ? 2 : 1), op, ": scale ", shape_of(scale), " must be ",
+             axis ? "[candidates, channels]" : "[candidates], or name the axis of its channels");
+  SMPQ_CHECK(!axis || scale.size(1) == x.size(*axis), op, ": scale has ", axis ? scale.size(1) : 1, " channels, x ",
+             shape_of(x), " has ", axis ? x.size(*axis) : 1, " along axis ", axis.value_or(0));
+  SMPQ_CHECK(!zero_point || shape_of(*zero_point) == shape_of(scale), op, ": zero_point must have the shape of scale ",
+             shape_of(scale));
   const int64_t candidates = scale.size(0);
   for (const Tensor* bound : {&quant_min, &quant_max}) {
-    STD_TORCH_CHECK(bound->scalar_type() == ScalarType::Int && bound->numel() == candidates && same_device(*bound, x),
-                    op, ": quant_min and quant_max must be int32 [candidates] on the device of x");
+    SMPQ_CHECK(bound->scalar_type() == ScalarType::Int && bound->numel() == candidates && same_device(*bound, x), op,
+               ": quant_min and quant_max must be int32 [candidates] on the device of x");
   }
-  STD_TORCH_CHECK(same_device(scale, x) && (!zero_point || same_device(*zero_point, x)), op,
-                  ": all arguments must be on the device of x");
+  SMPQ_CHECK(same_device(scale, x) && (!zero_point || same_device(*zero_point, x)), op,
+             ": all arguments must be on the device of x");
 
   Tensor input = dense(x);
   Shape3 shape = shape3(input, axis);

@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <numeric>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -25,7 +27,20 @@
 // Only in CUDA builds of torch; weak, so that one binary loads beside either build.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
+// Throws std::runtime_error with the message alone: what the user did, not where we noticed.
+#define SMPQ_CHECK(condition, ...)               \
+  do {                                           \
+    if (!(condition)) ::smpq::fail(__VA_ARGS__); \
+  } while (0)
+
 namespace smpq {
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -66,7 +81,7 @@ inline Tensor copy_as(const Tensor& source, const Tensor& like) {
 inline Tensor dense(const Tensor& x) { return x.numel() == 0 || memory_order(x) ? x : copy_as(x, x); }
 
 inline int64_t wrap_axis(int64_t axis, int64_t dims, const char* op) {
-  STD_TORCH_CHECK(axis >= -dims && axis < dims, op, ": axis ", axis, " is not a dimension of x, which has ", dims);
+  SMPQ_CHECK(axis >= -dims && axis < dims, op, ": axis ", axis, " is not a dimension of x, which has ", dims);
   return axis < 0 ? axis + dims : axis;
 }
 
@@ -100,11 +115,10 @@ template <class F>
 void dispatch(const char* op, const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point, F&& f) {
   const bool is_double = x.scalar_type() == ScalarType::Double;
   const ScalarType compute = is_double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(scale.scalar_type() == compute, op, ": scale must be ", is_double ? "float64" : "float32",
-                  " for this x");
+  SMPQ_CHECK(scale.scalar_type() == compute, op, ": scale must be ", is_double ? "float64" : "float32", " for this x");
   const bool integer = !zero_point || zero_point->scalar_type() == ScalarType::Int;
-  STD_TORCH_CHECK(integer || zero_point->scalar_type() == compute, op,
-                  ": zero_point must be int32 or have the dtype of scale");
+  SMPQ_CHECK(integer || zero_point->scalar_type() == compute, op,
+             ": zero_point must be int32 or have the dtype of scale");
   const auto with = [&](auto t, auto c) {
     using T = decltype(t);
     using C = decltype(c);
@@ -120,7 +134,7 @@ void dispatch(const char* op, const Tensor& x, const Tensor& scale, const std::o
     case ScalarType::Double:
       return with(double{}, double{});
     default:
-      STD_TORCH_CHECK(false, op, ": x must be float32, bfloat16, float16 or float64");
+      SMPQ_CHECK(false, op, ": x must be float32, bfloat16, float16 or float64");
   }
 }
 
@@ -153,7 +167,7 @@ void launch([[maybe_unused]] const Tensor& x, [[maybe_unused]] OnDevice&& on_dev
 #ifdef SMPQ_CUDA
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     void* stream = nullptr;
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "smpq_ext: this build of torch has no CUDA");
+    SMPQ_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "smpq_ext: this build of torch has no CUDA");
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
     on_device(stream);
 #endif

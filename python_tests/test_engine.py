@@ -618,3 +618,84 @@ def test_a_shuffling_loader_draws_nothing_from_the_user() -> None:
     assert torch.equal(before, torch.get_rng_state())
     assert python == random.getstate()
     assert len(ev.batches) == 3
+
+
+class _Embedded(nn.Module):
+    """A head whose weight is the embedding's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.body = nn.Embedding(20, 16), nn.Linear(16, 16)
+        self.head = nn.Linear(16, 20, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.relu(self.body(self.embed(ids))))
+
+
+def test_what_shares_a_weight_with_a_layer_stays_float() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 20, (2, 32, 7), generator=generator)
+    model = _Embedded()
+    result = smpq_ext.search(model, [(ids[0], ids[1])], bits=(2, 4), budget="weight-bits=3", fixed={}, method="single")
+    applied = smpq_ext.apply(model, result.plan)
+    assert torch.equal(applied.embed.weight, model.embed.weight)
+    assert not torch.equal(applied.head.weight, model.head.weight)
+
+
+class _Table(nn.Module):
+    """A layer that is fed a table beside the batch."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.table, self.last = nn.Linear(8, 16), nn.Linear(3, 16), nn.Linear(16, 5)
+        self.register_buffer("given", torch.randn(rows, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x) + self.table(self.given).sum(0)))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 12])
+def test_a_layer_whose_input_is_not_the_batch_runs_row_by_row(rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = [(torch.randn(64, 8, generator=generator), torch.randint(0, 5, (64,), generator=generator))]
+    ev = smpq_ext.evaluator(_Table(rows), data, bits=(2, 8), activation_bits=(), fixed={})
+    assignments = np.array([[0, 1, 1], [1, 0, 1], [1, 1, 0]], np.int8)
+    assert ev(assignments).tolist() == [ev(a[None])[0] for a in assignments]
+    assert len(set(ev(assignments))) == 3 and any("one at a time" in note for note in ev.notes)
+
+
+def test_a_model_that_works_in_place_leaves_the_data_alone() -> None:
+    class InPlace(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(1.5))
+
+    model = InPlace(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5))
+    x, y = torch.randn(32, 8), torch.randint(0, 5, (32,))
+    before = x.clone()
+    ev = smpq_ext.evaluator(model, [(x, y)], bits=(2, 8), fixed={})
+    row = np.zeros((1, len(ev.slots)), np.int8)
+    assert ev(row) == ev(row) == ev(row)
+    assert torch.equal(x, before)
+
+
+def test_float64_models_work_and_settings_change_the_fingerprint() -> None:
+    def build(slope: float) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 16), nn.LeakyReLU(slope), nn.Linear(16, 5)).double()
+
+    x, y = torch.randn(32, 8, dtype=torch.float64), torch.randint(0, 5, (32,))
+    found = [smpq_ext.evaluator(build(slope), [(x, y)], bits=(2, 8), fixed={}) for slope in (0.01, 0.02, 0.01)]
+    assert found[0].fingerprint == found[2].fingerprint != found[1].fingerprint
+    assert np.isfinite(found[0](np.zeros((1, len(found[0].slots)), np.int8))).all()
+
+
+def test_two_losses_of_one_name_are_told_apart() -> None:
+    x, y = torch.randn(32, 8), torch.randint(0, 5, (32,))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5))
+    made = [lambda o, t: nn.functional.cross_entropy(o, t) * 3, lambda o, t: nn.functional.cross_entropy(o, t) * 2]
+    prints = {smpq_ext.evaluator(model, [(x, y)], bits=(2, 8), fixed={}, loss=loss).fingerprint for loss in made}
+    assert len(prints) == 2

@@ -55,7 +55,7 @@ def test_weight_grids(seed: int, axis: int, scale: float) -> None:
     assert mse[1] < minmax[1]
     step = found["minmax"].scale.unsqueeze(-1)
     rows = (quantized(w, found["minmax"]) - w).abs().movedim(axis + 1, 1).flatten(2)
-    assert (rows[1:] <= step[1:] / 2 * (1 + 1e-3)).all()  # nothing is clipped
+    assert (rows[1:] <= step[1:] / 2 * (1 + 1e-2)).all()  # nothing is clipped; at 16 bits float32 rounds too
 
 
 @few

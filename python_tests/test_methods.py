@@ -116,6 +116,20 @@ def test_too_few_evaluations_are_refused_or_respected(net: Net, name: str) -> No
         method.allocate(given)
 
 
+@pytest.mark.parametrize("evaluations", [40, 52, 60, 66, 70, 74, 80, 90, 110, 150, 200])
+def test_shapley_keeps_to_any_number_of_evaluations(net: Net, evaluations: int) -> None:
+    method = Shapley()
+    given = problem(net, method, evaluations=evaluations)
+    needed = 2 * (1 + int(given.space.mask.sum()) - len(given.space.slots))
+    if evaluations < needed:
+        with pytest.raises(SmpqError, match=f"it needs {needed}"):
+            method.allocate(given)
+    else:
+        answer = method.allocate(given)
+        assert given.evaluator.asked + given.holdout.asked <= evaluations
+        assert "nan" not in answer.finding
+
+
 def test_single_scores_are_the_losses_of_one_slot_alone(net: Net) -> None:
     given = problem(net, Single())
     scores = score_singles(given, given.evaluator)

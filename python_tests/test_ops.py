@@ -343,8 +343,19 @@ def test_what_does_not_fit_is_said(device: str) -> None:
             call()
     with pytest.raises(ValueError, match="either bits"):
         smpq_ext.fake_quantize(x, 1.0, bits=4, quant_min=0, quant_max=1)
-    with pytest.raises(ValueError, match="from 1 to 16"):
-        smpq_ext.fake_quantize(x, 1.0, bits=17)
+    for bits in (17, 0, 4.0, torch.tensor([4, 4, 0, 40]), torch.ones(4)):
+        with pytest.raises(ValueError, match=r"from 1 to 16|of integers"):
+            smpq_ext.fake_quantize(x, torch.ones(4), bits=bits, axis=0)
+    with pytest.raises(RuntimeError, match="entry 1 does not"):
+        ops._smpq.coalition_fake_quantize_list(
+            [x, x],
+            [scale[:2], scale[:2].double()],
+            [],
+            [low] * 2,
+            [high] * 2,
+            [torch.ones(1, 2, device=device)] * 2,
+            None,
+        )
 
 
 def test_a_parent_that_is_not_there_is_refused_on_the_cpu() -> None:

@@ -132,6 +132,20 @@ def test_gradcheck_with_the_rounding_held(device: str) -> None:
         assert torch.allclose(mine, numeric, rtol=1e-9)
 
 
+def test_second_derivatives_are_torchs(device: str) -> None:
+    x = torch.randn(3, 40, device=device)
+    scale, zero = torch.rand(3, device=device) + 0.1, torch.zeros(3, device=device)
+    found = []
+    for f in (
+        lambda x: smpq_ext.fake_quantize(x, scale, zero, bits=3, axis=0),
+        lambda x: torch.fake_quantize_per_channel_affine(x, scale, zero, 0, -4, 3),
+    ):
+        y = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(f(y).square().sum(), y, create_graph=True)
+        found.append(torch.autograd.grad(g.square().sum(), y)[0])
+    assert torch.equal(*found) and found[0].any()
+
+
 def test_coalition_gradients_are_those_of_its_sum(device: str) -> None:
     torch.manual_seed(0)
     low, high = LOW.to(device), HIGH.to(device)

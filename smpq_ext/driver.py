@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,8 @@ EVALUATIONS_PER_SLOT = 30
 # The applied model normalises in another order of operations than the search: a rounding difference that lands on a tie
 # moves a code by a whole step, and at 2 bits the layers after it amplify that. Measured: up to 0.4 % of the loss.
 SAME_LOSS = 0.02
+
+LOG = logging.getLogger("smpq_ext")
 
 Progress = Callable[[str, int, int], None]
 
@@ -96,6 +100,8 @@ class Study:
         self._clock = _Clock()
         if evaluations is not None and evaluations < 1:
             raise SmpqError(f"evaluations: a positive number, not {evaluations}")
+        if not isinstance(seed, int) or seed < 0:
+            raise SmpqError(f"seed: an integer from 0 on, not {seed!r}")
         self.method: Method = registry.find("methods", method)() if isinstance(method, str) else method
         self.name = method if isinstance(method, str) else type(method).__name__.lower()
         self.model = model
@@ -117,7 +123,10 @@ class Study:
         )
         kept: Store = MemoryStore() if store is None else store  # type: ignore[assignment]
         if isinstance(store, str | os.PathLike):
+            Path(store).absolute().parent.mkdir(parents=True, exist_ok=True)
             kept = SqliteStore(store)
+        for module, why in self.engine.left_out.items():
+            LOG.warning("not quantized: %s (%s)", module, why)
         self._whole = Recorded(self.engine, kept)
         self._parts = [Recorded(part, kept) for part in parts if part is not None]
         self.problem = Problem(
@@ -161,7 +170,8 @@ class Study:
         if abs(verified - measured) > SAME_LOSS * max(1.0, abs(measured)):
             raise SmpqError(
                 f"verify: the applied model's loss is {verified:.6g}, the search measured {measured:.6g}; "
-                "a forward pass of this model seems to depend on more than its inputs"
+                "either a forward pass of this model depends on more than its inputs, or the store holds evaluations "
+                "of another version of it: name another store to tell"
             )
         self._clock.lap("verify")
         return Result(

@@ -48,11 +48,17 @@ _smpq = torch.ops.smpq
 def bounds(bits: int | Tensor, signed: bool = True) -> tuple[Any, Any]:
     """The codes of a width of 1 to 16 bits: [-2^(bits-1), 2^(bits-1) - 1], or [0, 2^bits - 1] where unsigned."""
     if isinstance(bits, Tensor):
+        if bits.is_floating_point():
+            raise ValueError("bits: a tensor of widths must be of integers")
+        # Looking would wait for a device, and cannot be done while tracing.
+        visible = type(bits) is Tensor and bits.device.type == "cpu" and not torch.compiler.is_compiling()
+        if visible and not bool(((bits >= 1) & (bits <= 16)).all()):
+            raise ValueError(f"bits: widths from 1 to 16, not {bits.tolist()}")
         one = torch.ones_like(bits, dtype=torch.int32)
         levels = torch.bitwise_left_shift(one, bits.to(torch.int32))
     else:
-        if not 1 <= bits <= 16:
-            raise ValueError(f"bits: a width from 1 to 16, not {bits}")
+        if not isinstance(bits, int) or not 1 <= bits <= 16:
+            raise ValueError(f"bits: a width from 1 to 16, or an integer tensor of them, not {bits!r}")
         levels = 1 << bits
     return (-(levels // 2), levels // 2 - 1) if signed else (0 * levels, levels - 1)
 
@@ -73,13 +79,14 @@ def fake_quantize(
 
     value = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale, half to even.
 
-    scale, zero_point: [] for the whole tensor, [channels] along `axis`, or x's shape with `axis` (default: the last)
-    divided by `group_size`. An integer zero point is added after rounding, a floating one before, as in torch; the
+    scale, zero_point: [] for the whole tensor, [channels] along `axis`, or x's shape with the last dimension divided by
+    `group_size`. An integer zero point is added after rounding, a floating one before, as in torch; the
     results are torch's fake_quantize_per_tensor_affine and _per_channel_affine bit for bit wherever these are defined.
     bits, or quant_min and quant_max: numbers, or integer tensors of scale's shape (a width of its own per channel).
-    One bit, signed, is {-1, +1} * scale: the codes -1 and 0 of a grid of step 2 * scale and zero point -1/2.
+    One bit, signed, without a zero point, is {-1, +1} * scale: the codes -1 and 0 of a grid of step 2 * scale and zero
+    point -1/2.
     NaN stays NaN and ±inf saturates to the nearest bound (torch's per-channel op maps both to the lowest code).
-    A scale of 0 gives 0. Gradients: straight-through for x, LSQ for scale and floating zero point.
+    A scale of 0 gives 0 for every finite x. Gradients: straight-through for x, LSQ for scale and floating zero point.
 
     Raises ValueError for contradicting widths, RuntimeError for shapes, dtypes or devices that do not fit.
     """
@@ -147,9 +154,19 @@ def coalition_fake_quantize_list(
     """
     if not x:
         return []
+    zeros = list(zero_point) or [None] * len(x)
+    if any(len(part) != len(x) for part in (scale, zeros, quant_min, quant_max, mixtures)):
+        raise RuntimeError(f"coalition_fake_quantize_list: every list must have as many entries as x, {len(x)}")
+    grids = [_computable(*grid) for grid in zip(x, scale, zeros, strict=True)]
     return list(
         _smpq.coalition_fake_quantize_list(
-            list(x), list(scale), list(zero_point), list(quant_min), list(quant_max), list(mixtures), axis
+            list(x),
+            [s for s, _ in grids],
+            [z for _, z in grids if z is not None],
+            [b.to(torch.int32) for b in quant_min],
+            [b.to(torch.int32) for b in quant_max],
+            [m.to(s.dtype) for m, (s, _) in zip(mixtures, grids, strict=True)],
+            axis,
         )
     )
 

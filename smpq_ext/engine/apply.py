@@ -44,8 +44,13 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
 
     Raises SmpqError where the plan was made for another model.
     """
+    if not isinstance(plan, Plan):
+        raise SmpqError(
+            f"plan: a Plan is needed, not a {type(plan).__name__}; `search` gives a Result, use result.plan"
+        )
     copied = duplicate(getattr(model, "_orig_mod", model), share=False)
-    rounded: dict[int, int] = {}  # Parameter -> width: modules that share one share its grid
+    rounded: dict[int, tuple[int, nn.Parameter]] = {}  # the float Parameter's id -> width, and what replaces it
+    floats = list(copied.parameters())  # kept alive, so that ids stay theirs
     for slot, width in plan.bits.items():
         layer, _, kind = slot.rpartition(".")
         module = _module(copied, layer)
@@ -60,19 +65,14 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         if kind == "activation":
             module.add_module(QUANTIZER, FakeQuantize(grid, weight.device))
             module.register_forward_pre_hook(_quantize_input)
-        elif id(weight) in rounded:
-            if rounded[id(weight)] != width:
-                raise SmpqError(f"plan: {slot} is one Parameter with another layer's weight, and needs the same width")
-        else:
-            rounded[id(weight)] = width
-            _check_channels(slot, grid, weight)
-            scale, zero_point = _tensors(grid, weight.device)
-            with torch.no_grad():
-                weight.copy_(
-                    ops.fake_quantize(
-                        weight, scale, zero_point, quant_min=grid.quant_min, quant_max=grid.quant_max, axis=grid.axis
-                    )
-                )
+            continue
+        if id(weight) not in rounded:
+            rounded[id(weight)] = width, _rounded(slot, grid, weight)
+        if rounded[id(weight)][0] != width:
+            raise SmpqError(f"plan: {slot} is one Parameter with another layer's weight, and needs the same width")
+        # A Parameter of its own: what else shares the float one, such as an embedding, stays float.
+        module.weight = rounded[id(weight)][1]
+    del floats
     for name, (mean, var) in plan.statistics.items():
         norm = _module(copied, name)
         if not isinstance(norm, _BatchNorm) or norm.num_features != len(mean):
@@ -82,6 +82,16 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         norm.running_mean = torch.from_numpy(np.array(mean, np.float32)).to(device)
         norm.running_var = torch.from_numpy(np.array(var, np.float32)).to(device)
     return copied
+
+
+def _rounded(slot: str, grid: Grid, weight: nn.Parameter) -> nn.Parameter:
+    _check_channels(slot, grid, weight)
+    scale, zero_point = _tensors(grid, weight.device)
+    with torch.no_grad():
+        value = ops.fake_quantize(
+            weight, scale, zero_point, quant_min=grid.quant_min, quant_max=grid.quant_max, axis=grid.axis
+        )
+    return nn.Parameter(value, requires_grad=weight.requires_grad)
 
 
 def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -55,6 +54,8 @@ def evaluator(
         raise SmpqError(f"model: an nn.Module is needed, not a {type(model).__name__}")
     if calibrate not in ("mse", "minmax", "percentile"):
         raise SmpqError(f"calibrate: {calibrate!r} is not known; there are mse, minmax and percentile")
+    if fixed is not None and not isinstance(fixed, Mapping):
+        raise SmpqError(f"fixed: a dict from slot or layer to width or 'float', not a {type(fixed).__name__}")
     if not (renormalize == "auto" or isinstance(renormalize, bool)):
         raise SmpqError(f"renormalize: 'auto', True or False, not {renormalize!r}")
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
@@ -352,19 +353,19 @@ class TorchEvaluator:
         finally:
             for handle in handles:
                 handle.remove()
+        if [x.shape[:1] for x in inputs] != [torch.Size([2 * x.shape[0]]) if x.dim() else x.shape for x in seen]:
+            return False  # something that enters a layer does not grow with the batch
         ours = samples.part((inputs, together), 2 * half, 0, half)
-        return len(inputs) == len(seen) and _close(ours, (seen, alone))
+        return _close(ours, (seen, alone))
 
     def _model_digest(self, layers: list[Layer], loss: str) -> str:
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         sha = hashlib.sha256()
-        modules = [(name, type(m).__module__, type(m).__qualname__) for name, m in self.model.named_modules()]
-        structure = [layer.module.extra_repr() for layer in layers]
-        try:
-            code = inspect.getsource(type(self.model))
-        except (OSError, TypeError):
-            code = ""
-        for piece in (smpq_ext.__version__, torch.__version__, modules, structure, code, self.space, loss):
+        modules = dict(self.model.named_modules())
+        state = [(name, type(m).__qualname__, m.extra_repr(), losses.settings(m)) for name, m in modules.items()]
+        code = sorted({losses.source(type(m)) for m in modules.values()})
+        versions = (smpq_ext.__version__, torch.__version__, self.device.type)
+        for piece in (versions, state, code, self.space, loss):
             sha.update(repr(piece).encode())
         grids = [(name, g.scale, g.zero_point, g.quant_min, g.quant_max) for name, g in self.slot_grids.items()]
         sha.update(samples.digest([list(tensors), list(tensors.values()), grids]).encode())
@@ -465,7 +466,7 @@ def _observe(model: nn.Module, layers: list[Layer], batches: tuple[Batch, ...]) 
     try:
         for batch in batches:
             share = max(1, SAMPLE * batch.size // total)
-            samples.call(model, batch.inputs)
+            samples.call(model, batch.rows(1, 0, batch.size))
     finally:
         for handle in handles:
             handle.remove()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from smpq_ext import ops
 from smpq_ext.core import Grid
@@ -33,7 +34,8 @@ def squared_gradients(engine: TorchEvaluator) -> NDArray[np.float64]:
     generator = torch.Generator().manual_seed(0)
 
     def fisher(loss: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-        return [g * g for g in torch.autograd.grad(loss, tensors)]
+        gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
+        return [torch.zeros_like(t) if g is None else g * g for g, t in zip(gradients, tensors, strict=True)]
 
     scores = np.zeros(engine.space.mask.shape)
     samples = sum(batch.size for batch in engine.batches)
@@ -56,7 +58,8 @@ def hessian_scores(engine: TorchEvaluator, probes: int, seed: int) -> NDArray[np
     generator = torch.Generator().manual_seed(seed)
 
     def traces(loss: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-        gradients = torch.autograd.grad(loss, tensors, create_graph=True)
+        found = torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
+        gradients = [0 * t if g is None else g for g, t in zip(found, tensors, strict=True)]
         totals = [torch.zeros((), device=loss.device) for _ in tensors]
         for probe in range(probes):
             signs = [torch.randint(0, 2, t.shape, generator=generator).to(t) * 2 - 1 for t in tensors]
@@ -117,7 +120,7 @@ def _passes(
         for start in range(0, batch.size, STEP):
             part = batch.take(torch.arange(start, min(start + STEP, batch.size)))
             entered.clear()
-            with torch.enable_grad():
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the only attention with second derivatives
                 loss = loss_of(call(model, part.inputs), part.targets)
                 tensors = weights | {f"{name}.activation": x for name, x in entered.items()}
                 found = differentiate(loss, list(tensors.values()))

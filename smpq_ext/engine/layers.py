@@ -140,7 +140,7 @@ def find(model: nn.Module, batch: Batch) -> tuple[list[Layer], dict[str, str], d
     handles += [m.register_forward_hook(leave) for m in names]
     try:
         with _Functions(function):
-            call(model, batch.inputs)
+            call(model, batch.rows(1, 0, batch.size))
     finally:
         for handle in handles:
             handle.remove()

@@ -16,6 +16,7 @@ from smpq_ext.core import SmpqError
 from smpq_ext.engine.samples import Batch
 
 Loss = Callable[[Any, Any], Tensor]
+PLAIN = (bool, int, float, complex, str, bytes, tuple, list, type(None))
 OWN = "or give loss=, a function of (outputs, targets) that returns a scalar tensor"
 
 
@@ -83,15 +84,26 @@ def identity(loss: Any) -> str:
     if not inspect.isroutine(loss):
         return f"{type(loss).__module__}.{type(loss).__qualname__} {_plain(getattr(loss, '__dict__', None))}"
     name = f"{loss.__module__}.{loss.__qualname__}"
-    if not inspect.isfunction(loss):
+    if not inspect.isfunction(loss) or loss.__module__.partition(".")[0] == "torch":
         return name
     code = loss.__code__
-    try:
-        text = inspect.getsource(loss)
-    except (OSError, TypeError):
-        text = f"{code.co_code.hex()} {_plain(code.co_consts)} {code.co_names}"
     cells = [cell.cell_contents for cell in loss.__closure__ or ()]
-    return f"{name}\n{text}\n{_plain(cells)}{_plain(loss.__defaults__)}{_plain(loss.__kwdefaults__)}"
+    names = {n: loss.__globals__[n] for n in code.co_names if n in loss.__globals__ and loss.__globals__[n] is not loss}
+    bound = f"{_plain(cells)}{_plain(loss.__defaults__)}{_plain(loss.__kwdefaults__)}{_plain(names)}"
+    return f"{name}\n{source(loss)}\n{code.co_code.hex()} {_plain(code.co_consts)} {code.co_names}\n{bound}"
+
+
+def source(code: Any) -> str:
+    """The source of a class or function, or its name where there is none."""
+    try:
+        return inspect.getsource(code)
+    except (OSError, TypeError):
+        return f"{code.__module__}.{code.__qualname__}"
+
+
+def settings(module: nn.Module) -> str:
+    """The plain values that a module was given as attributes, such as a factor in its forward."""
+    return _plain({k: v for k, v in vars(module).items() if not k.startswith("_") and isinstance(v, PLAIN)})
 
 
 def _plain(value: Any) -> str:

@@ -32,9 +32,10 @@ class Batch:
 
         def fold(leaf: Any) -> Any:
             if not self._per_sample(leaf):
-                return leaf
+                return leaf.clone() if isinstance(leaf, Tensor) else leaf
             part = leaf[start:stop]
-            return part if n == 1 else part.repeat(n, *[1] * (part.dim() - 1))
+            # A copy also for one row: the model may work in place, and the data is the user's.
+            return part.clone() if n == 1 else part.repeat(n, *[1] * (part.dim() - 1))
 
         return tree_map(fold, self.inputs)
 

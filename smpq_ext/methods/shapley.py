@@ -206,7 +206,7 @@ def _combine(search: Scores, apart: Scores, share: float) -> Scores:
 
 
 def _confirm(plan: Assignments, finalists: Assignments, search: Evaluator, apart: Evaluator) -> tuple[Assignments, str]:
-    """The finalist that is best on the samples of the search, if those apart agree by a standard error; else the plan."""
+    """The finalist that is best on the samples of the search, if those apart agree by a standard error, or the plan."""
     rows = np.concatenate([plan[None], finalists])
     best = int(np.argmin(-search(rows)))
     if best == 0:
