@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from functools import partial
 from typing import Any
 
@@ -699,3 +700,29 @@ def test_two_losses_of_one_name_are_told_apart() -> None:
     made = [lambda o, t: nn.functional.cross_entropy(o, t) * 3, lambda o, t: nn.functional.cross_entropy(o, t) * 2]
     prints = {smpq_ext.evaluator(model, [(x, y)], bits=(2, 8), fixed={}, loss=loss).fingerprint for loss in made}
     assert len(prints) == 2
+
+
+def test_what_cannot_be_cut_or_reached_is_said() -> None:
+    class Packed(nn.Linear):
+        def forward(self, x: Tensor) -> object:
+            return Box(super().forward(x))
+
+    class Box:
+        def __init__(self, logits: Tensor) -> None:
+            self.logits = logits
+
+    class Keyword(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[1](self[0](input=x))
+
+    data = [(torch.randn(16, 4), torch.randint(0, 3, (16,)))]
+    loss = lambda o, t: nn.functional.cross_entropy(o.logits, t)  # noqa: E731
+    with pytest.raises(SmpqError, match="returns a Box"):
+        smpq_ext.evaluator(nn.Sequential(nn.Linear(4, 4), Packed(4, 3)), data, bits=(2,), fixed={}, loss=loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 3)))
+    with pytest.raises(SmpqError, match="ScriptModule"):
+        smpq_ext.evaluator(scripted, data, bits=(2,), fixed={})
+    ev = smpq_ext.evaluator(Keyword(nn.Linear(4, 4), nn.Linear(4, 3)), data, bits=(2, 4), fixed={})
+    assert "by keyword" in ev.left_out["0"] and ev.slots == ("1.weight", "1.activation")

@@ -53,10 +53,11 @@ def search(
     data: (inputs, targets) batches, kept as given; bits, activation_bits: candidate widths of weights and activations
     (None: the same, (): weights only); budget: "weight-bits=3", "activation-bits=3", "bytes=250000", "bitops=0.1",
     several separated by commas; loss: callable(outputs, targets), "kl", or None for cross-entropy; evaluations: at most
-    so many forward passes over the calibration data (default: 30 for each slot); store: a file that keeps every
+    so many forward passes over the calibration data (default: 30 for each slot, or 4 for each
+    candidate); store: a file that keeps every
     evaluation, so that running again is resuming; fixed: slot or layer to width or "float" (default: first and last
-    layer at 8); renormalize: re-estimate BatchNorm statistics for every assignment; progress: True for a line on
-    standard error, or callable(stage, done, total).
+    layer at 8; what is given stands instead of that); renormalize: re-estimate BatchNorm statistics for every
+    assignment; progress: True for a line on standard error, or callable(stage, done, total).
 
     Raises SmpqError (Infeasible where no assignment meets the budget) for input that cannot be searched.
     """
@@ -135,7 +136,8 @@ class Study:
             evaluator=self._parts[0],
             holdout=self._parts[1] if len(self._parts) > 1 else None,
             model=self.engine,
-            evaluations=evaluations or EVALUATIONS_PER_SLOT * len(space.slots),
+            # Four times what measuring each slot alone takes, where there are many candidates.
+            evaluations=evaluations or max(EVALUATIONS_PER_SLOT * len(space.slots), 4 * int(space.mask.sum())),
             seed=seed,
             apart=HOLDOUT_SHARE if self.method.holdout else 0.0,
             record=lambda evaluator: Recorded(evaluator, kept),

@@ -42,7 +42,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     Weights are rounded in place of the float ones, a FakeQuantize child of every layer rounds what enters it, and
     BatchNorms take the plan's statistics, where it has any. State dicts, deepcopy and torch.compile work as before.
 
-    Raises SmpqError where the plan was made for another model.
+    Raises SmpqError where the plan names a layer that the model has not, or other numbers of channels. That the weights
+    are those of the search is for the caller to see to.
     """
     if not isinstance(plan, Plan):
         raise SmpqError(

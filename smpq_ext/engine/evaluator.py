@@ -58,6 +58,8 @@ def evaluator(
         raise SmpqError(f"fixed: a dict from slot or layer to width or 'float', not a {type(fixed).__name__}")
     if not (renormalize == "auto" or isinstance(renormalize, bool)):
         raise SmpqError(f"renormalize: 'auto', True or False, not {renormalize!r}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise SmpqError("model: a ScriptModule's layers cannot be reached; give the nn.Module that it was made from")
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     return TorchEvaluator(model, data, bits, activation_bits, loss, renormalize, memory, fixed, calibrate)
 
@@ -254,11 +256,13 @@ class TorchEvaluator:
     def _losses(self, model: nn.Module | None = None) -> NDArray[np.float64]:
         """The loss of every loaded row and part, [rows, parts]; where none is loaded, of the float model or `model`."""
         n = max(1, self._executor.rows)
+        torch.manual_seed(0)  # a model that draws numbers draws the same ones whichever rows are asked together
         out: list[Tensor] = []
         for b, batch in enumerate(self._run_batches):
             pieces = []
             for start, stop in samples.pieces(batch.size, self._samples, MERGE):
                 outputs = self._executor.forward(batch, start, stop, model)
+                _check_outputs(outputs)
                 pieces.append(tree_map(lambda x, size=stop - start: _per_row(x, n, size), outputs))
             rows = pieces[0] if len(pieces) == 1 else tree_map(_join, *pieces)
             for p in (p for p in self._parts if p.batch == b):
@@ -493,6 +497,16 @@ def _per_row(x: Any, n: int, size: int) -> Any:
     if not isinstance(x, Tensor) or not x.dim():
         return x
     return x.unflatten(0, (n, -1)) if x.shape[0] % (n * size) == 0 else x.expand(n, *x.shape)
+
+
+def _check_outputs(outputs: Any) -> None:
+    """Raises SmpqError where the outputs are packed in something that cannot be cut into rows and samples."""
+    for leaf in tree_leaves(outputs):
+        if not isinstance(leaf, Tensor | int | float | str | None):
+            raise SmpqError(
+                f"model: it returns a {type(leaf).__name__}, which cannot be cut into samples; return a tensor, tuple, "
+                "list or dict, or register the type with torch.utils._pytree.register_pytree_node"
+            )
 
 
 def _join(*pieces: Any) -> Any:

@@ -114,6 +114,7 @@ def find(model: nn.Module, batch: Batch) -> tuple[list[Layer], dict[str, str], d
     norms: dict[str, int] = {}
     left_out: dict[str, str] = {}
     inside: list[nn.Module] = []
+    by_keyword: set[nn.Module] = set()
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         inside.append(module)
@@ -122,6 +123,8 @@ def find(model: nn.Module, batch: Batch) -> tuple[list[Layer], dict[str, str], d
         inside.pop()
         if isinstance(module, _BatchNorm):
             norms[names[module]] = norms.get(names[module], 0) + 1
+        if module in candidates and not args:
+            by_keyword.add(module)
         if module in candidates and args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
             weight = module.weight
             transposed = isinstance(module, _ConvTransposeNd)
@@ -150,6 +153,8 @@ def find(model: nn.Module, batch: Batch) -> tuple[list[Layer], dict[str, str], d
         if module in candidates:
             if not isinstance(module._parameters.get("weight"), nn.Parameter):
                 reason = "its weight is computed, not a parameter; remove the parametrization or weight norm first"
+            elif module in by_keyword:
+                reason = "its forward gets its input by keyword; pass it by position"
             elif module not in elements:
                 reason = "it never ran through forward, with its input as first argument, on the first batch"
         if reason:
