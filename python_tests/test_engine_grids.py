@@ -46,6 +46,10 @@ def test_weight_grids(seed: int, axis: int, scale: float) -> None:
     for grids in found.values():
         assert grids.scale.shape == grids.zero_point.shape == (len(WIDTHS), w.shape[axis])
         assert (grids.quant_max - grids.quant_min == torch.tensor([max(1, 2**b - 2) for b in WIDTHS])).all()
+        wide = weight_grids(w, axis, WIDTHS, "mse", both_signs=True)
+        assert (
+            wide.quant_max - wide.quant_min == torch.tensor([2**b - 1 if b <= 4 else 2**b - 2 for b in WIDTHS])
+        ).all()
         assert (grids.scale > 0).all()
         other = w.movedim(axis, 0).abs().flatten(1).mean(1)
         torch.testing.assert_close(quantized(w, grids)[0].abs().movedim(axis, 0).flatten(1)[:, 0], other)

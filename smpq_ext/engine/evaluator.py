@@ -486,7 +486,7 @@ def _calibrate(
     found: dict[str, Grids] = {}
     for layer in layers:
         if (name := f"{layer.name}.weight") in widths:
-            found[name] = weight_grids(layer.weight, layer.axis, widths[name], calibrate)
+            found[name] = weight_grids(layer.weight, layer.axis, widths[name], calibrate, seen[layer.name].low < 0)
         if (name := f"{layer.name}.activation") in widths:
             found[name] = activation_grids(seen[layer.name], widths[name], calibrate)
     return found

@@ -18,6 +18,7 @@ SAMPLE = 1 << 18  # elements of an activation that the search looks at
 COARSE = torch.logspace(math.log10(0.02), 0, 40)  # clip ratios of the first search, 10 % apart
 FINE = torch.linspace(0.9, 1.1, 17)  # and of the second, around the best of the first
 WIDE, NARROW = 2 ** torch.linspace(-1, 1, 7), torch.linspace(0.9, 1.1, 5)  # where the two sides of a range part
+WIDE_CODES = 4  # up to so many bits one code more or less matters
 WEIGHT_PERCENTILE, ACTIVATION_PERCENTILE = 0.999, 0.9999
 
 
@@ -58,17 +59,21 @@ class Observed:
         self.sample = kept.clone() if self.sample is None else torch.cat([self.sample, kept])
 
 
-def weight_grids(weight: Tensor, axis: int, widths: tuple[int, ...], calibrate: Calibrate) -> Grids:
+def weight_grids(
+    weight: Tensor, axis: int, widths: tuple[int, ...], calibrate: Calibrate, both_signs: bool = False
+) -> Grids:
     """Symmetric grids per output channel, codes [1 - 2^(b-1), 2^(b-1) - 1]; 1 bit is {-1, +1} * mean|w|.
 
-    The code -2^(b-1) is left out: at 2 bits it makes a grid whose errors do not average out, and the shift of the
-    means is worse than the error it saves (docs/performance.md).
+    The code -2^(b-1) is left out: with it the errors of a channel do not average out, and where what enters the layer
+    is never negative, as after ReLU, they add up to a shift of its output that is worse than the error it saves. With
+    inputs of `both_signs` they cancel, and up to 4 bits the code is used (both measured, docs/performance.md).
     The zero point is an integer tensor of zeros, or -1/2 where a width is 1 bit.
     """
     w = weight.detach().movedim(axis, 0).float()
     w = w.reshape(w.shape[0], -1)
     low, high = _bounds(widths, signed=True, device=w.device)
-    low = torch.where(high > 0, -high, low)
+    wide = torch.tensor([both_signs and b <= WIDE_CODES for b in widths], device=w.device)
+    low = torch.where((high == 0) | wide, low, -high)
     if calibrate == "percentile":
         k = max(1, math.ceil(WEIGHT_PERCENTILE * w.shape[1]))
         top = w.abs().kthvalue(k, dim=1).values
