@@ -34,17 +34,19 @@ Judge = Callable[[nn.Module], NDArray[np.float64]]  # a model to its score for e
 class Cells:
     """What was measured so far, in a folder outside the repository; a cell that is there is not run again."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, measure: bool = True) -> None:
+        self.folder, self.measure = folder, measure
         folder.mkdir(parents=True, exist_ok=True)
 
     def run(
         self, name: str, model: nn.Module, batches: Sequence[Any], judge: Judge, method: str, **settings: Any
     ) -> dict[str, Any] | None:
-        """One search, applied and judged: scores per held-out sample, cost and evaluations; None where infeasible."""
+        """One search, applied and judged: scores per held-out sample and cost; None where there is no plan."""
         path = self.folder / f"{name}-{method}.json"
         if path.exists():
             return json.loads(path.read_text())
+        if not self.measure:
+            return None
         start = time.perf_counter()
         try:
             result: Result = smpq_ext.search(
@@ -105,7 +107,8 @@ def rows_of(
             row[group] = "–" if not cells else "{:.{d}f} ± {:.{d}f}".format(*summary(cells), d=digits)
             if cells and len(cells) < seeds:
                 row[group] += f" ({len(cells)} of {seeds} seeds)"
-        rows.append(row)
+        if any(method in found for found in groups.values()):
+            rows.append(row)
     verdict: dict[str, Any] = {"method": f"shapley against the best other ({better})"}
     for group, found in groups.items():
         mine = found.get("shapley", [])
@@ -115,7 +118,7 @@ def rows_of(
         sign = 1.0 if better == "higher" else -1.0
         best = max(others, key=lambda m: sign * summary(others[m])[0])
         mean, error = compare(mine, others[best])
-        word = "tie" if abs(mean) < 2 * error else "ahead" if sign * mean > 0 else "behind"
+        word = "tie" if abs(mean) <= 2 * error else "ahead" if sign * mean > 0 else "behind"
         verdict[group] = f"{mean:+.{digits}f} ± {error:.{digits}f} against {best}: {word}"
     return [*rows, verdict]
 

@@ -32,13 +32,14 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["kept", "re-estimated"])
     parser.add_argument("--cells", type=Path, default=Path.home() / ".cache/smpq_ext/search_resnet20")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only-table", action="store_true", help="tabulate what was measured before")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
     model = models.load_resnet20_jpeg()
     pool_x, pool_y = data.cifar10_kept_out()
     judge = judge_accuracy(*data.cifar10("test"))
-    cells = Cells(arguments.cells)
+    cells = Cells(arguments.cells, measure=not arguments.only_table)
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for seed in range(arguments.seeds):
         rows = np.sort(np.random.default_rng([7, seed]).permutation(len(pool_x))[:SAMPLES])

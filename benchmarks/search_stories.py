@@ -50,13 +50,14 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--cells", type=Path, default=Path.home() / ".cache/smpq_ext/search_stories")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only-table", action="store_true", help="tabulate what was measured before")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
     model = models.load_llama()
     searched, test = data.experiment_stories()
     judge = judge_nll(*test)
-    cells = Cells(arguments.cells)
+    cells = Cells(arguments.cells, measure=not arguments.only_table)
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for seed, budget, method in product(range(arguments.seeds), arguments.budgets, arguments.methods):
         cell = cells.run(
