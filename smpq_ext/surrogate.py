@@ -66,10 +66,6 @@ class Surrogate:
         factor = cholesky(self.scale * covariance + 1e-12 * np.eye(len(rows)), lower=True)
         return np.asarray(mean + rng.standard_normal((count, len(rows))) @ factor.T)
 
-    def loss(self, rows: Assignments) -> Values:
-        """Expected loss [n] of assignments [n, slots]."""
-        return np.asarray(np.exp(self._posterior(rows)[0]) - self.floor + self.base)
-
     def _posterior(self, rows: Assignments) -> tuple[Values, NDArray[np.float64]]:
         cross = self._kernel(self._matches(rows, self.rows), *self.settings[:2])
         return self._line(rows) @ self.coefficients + cross @ self.solved, cross

@@ -39,14 +39,11 @@ def squared_gradients(engine: TorchEvaluator) -> NDArray[np.float64]:
 
     scores = np.zeros(engine.space.mask.shape)
     samples = sum(batch.size for batch in engine.batches)
-    for size, weight, kinds in _passes(
-        engine, fisher, lambda output, target: _label_loss(engine, output, target, generator)
-    ):
+    for size, kinds in _passes(engine, fisher, lambda output, target: _label_loss(engine, output, target, generator)):
         # A mean loss over `size` samples: its gradient for one sample's activation is 1/size of the sample's own, and
         # for a weight the mean of about independent ones, whose square is 1/size of theirs.
-        factor = {"weight": size, "activation": size}
         for slot, score in _contract(engine, kinds):
-            scores[slot] += 0.5 * score * factor[engine.space.slots[slot].kind] * weight / samples
+            scores[slot] += 0.5 * score * size * size / samples
     return scores
 
 
@@ -74,9 +71,9 @@ def hessian_scores(engine: TorchEvaluator, probes: int, seed: int) -> NDArray[np
 
     scores = np.zeros(engine.space.mask.shape)
     samples = sum(batch.size for batch in engine.batches)
-    for _, weight, kinds in _passes(engine, traces, engine.loss_fn):
+    for size, kinds in _passes(engine, traces, engine.loss_fn):
         for slot, score in _contract(engine, kinds):
-            scores[slot] += 0.5 * score * weight / samples
+            scores[slot] += 0.5 * score * size / samples
     return scores
 
 
@@ -90,8 +87,8 @@ def _label_loss(engine: TorchEvaluator, output: Any, target: Any, generator: tor
 
 def _passes(
     engine: TorchEvaluator, differentiate: Differentiate, loss_of: Callable[[Any, Any], Tensor]
-) -> Iterator[tuple[int, int, dict[str, tuple[Tensor, Tensor]]]]:
-    """For each group of samples: its size, its weight, and (value, derivative) of every searched slot."""
+) -> Iterator[tuple[int, dict[str, tuple[Tensor, Tensor]]]]:
+    """For each group of samples: its size, and (value, derivative) of every searched slot."""
     model = duplicate(engine.model, share=False)
     layers = {name: model.get_submodule(name) for name in engine.layers}
     wanted = {slot.name for slot in engine.space.slots}
@@ -125,7 +122,6 @@ def _passes(
                 tensors = weights | {f"{name}.activation": x for name, x in entered.items()}
                 found = differentiate(loss, list(tensors.values()))
             yield (
-                part.size,
                 part.size,
                 {n: (t.detach(), d.detach()) for (n, t), d in zip(tensors.items(), found, strict=True)},
             )
