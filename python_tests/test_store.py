@@ -3,6 +3,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,24 @@ def test_what_was_reported_survives_a_kill_also_of_several_writers(tmp_path):
             dict.fromkeys(range(3), False),
         )
     store.close()
+
+
+def test_many_may_create_and_open_it_at_once(tmp_path):
+    def use(path, name):
+        store = SqliteStore(path)
+        store.append("study", {name: np.array([1.0])})
+        found = store.read("study")
+        store.close()
+        return name in found
+
+    names = [bytes([i]) for i in range(16)]
+    for attempt in range(20):
+        path = tmp_path / f"{attempt}.db"
+        with ThreadPoolExecutor(len(names)) as pool:
+            assert all(pool.map(use, [path] * len(names), names))
+        store = SqliteStore(path)
+        assert store.read("study").keys() == set(names)
+        store.close()
 
 
 class TestUnusableFiles:

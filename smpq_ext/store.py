@@ -49,7 +49,7 @@ class SqliteStore:
                 f"store: {self.path} has schema version {version}, this release reads {SCHEMA}; name another file"
             )
         self._database.execute("COMMIT")
-        self._database.execute("PRAGMA journal_mode = WAL")
+        # the journal stays a rollback journal: a switch to WAL does not wait for other processes that open the file
         self._database.execute("PRAGMA synchronous = FULL")
 
     def read(self, study: str) -> dict[bytes, NDArray[np.float64]]:
