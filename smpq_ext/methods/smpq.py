@@ -21,22 +21,19 @@ __all__ = ["Smpq"]
 class Smpq:
     """A reconstruction: Shapley values of (slot, candidate) pairs in a trained supernet, by truncated permutations.
 
-    The supernet trains its weights straight-through on the calibration data. Then, `rounds` times: permutations from
-    the full set downwards on a fresh batch, values in percent of top-1 accuracy, cut off below half of the full value;
-    score = mean - std over the permutations, z-scored within weights and within activations; s <- 0.8 s + 0.2 z,
-    alpha <- alpha + 0.1 s; and an epoch of training.
+    The supernet trains its weights straight-through on the calibration data for half of the `epochs`. Before each
+    epoch of the other half: permutations from the full set downwards on a fresh batch, values in percent of top-1
+    accuracy, cut off below half of the full value; score = mean - std over the permutations, z-scored within weights
+    and within activations; s <- 0.8 s + 0.2 z, alpha <- alpha + 0.1 s.
 
     Ours: the solver chooses by s under the budget (the paper's argmax knows none), evaluation is in eval mode,
-    `evaluations` bounds the permutations (10 in the reference), and those of one round share a batch.
+    `evaluations` bounds the permutations (10 in the reference), and those of one epoch share a batch.
     """
 
     holdout = False
 
-    def __init__(
-        self, rounds: int = 2, permutations: int = 10, samples: int = 256, epochs: int = 4, rate: float = 0.01
-    ) -> None:
-        self.rounds, self.permutations, self.samples = rounds, permutations, samples
-        self.epochs, self.rate = epochs, rate
+    def __init__(self, epochs: int = 16, permutations: int = 10, samples: int = 256, rate: float = 0.01) -> None:
+        self.epochs, self.permutations, self.samples, self.rate = epochs, permutations, samples, rate
 
     def allocate(self, problem: Problem) -> Answer:
         space, engine = problem.space, problem.model
@@ -46,20 +43,22 @@ class Smpq:
         score = np.zeros(mask.shape)
         total = sum(batch.size for batch in engine.batches)
         epoch = max(1, total // 64)
-        share = problem.evaluations // self.rounds
         players = int(mask.sum())
-        permutations = min(self.permutations, (share - 1) // players)
-        if permutations < 2:
+        if problem.evaluations < 2 * players + 1:
             raise SmpqError(
-                f"evaluations: {problem.evaluations} are too few for smpq; two permutations of {players} players in "
-                f"{self.rounds} rounds need {self.rounds * (2 * players + 1)}"
+                f"evaluations: {problem.evaluations} are too few for smpq; two permutations of {players} players need "
+                f"{2 * players + 1}"
             )
-        net.train(_softmax(alpha, mask), self.epochs * epoch, 64, self.rate, problem.rng(1))
+        rounds = max(1, self.epochs // 2)
+        net.train(_softmax(alpha, mask), (self.epochs - rounds) * epoch, 64, self.rate, problem.rng(1))
         spent = 0
-        for k in range(self.rounds):
+        for k in range(rounds):
+            permutations = min(self.permutations, (problem.evaluations - spent - 1) // players)
+            if permutations < 2:
+                break
             game = _MaskedAccuracy(net, SupernetGame(problem.evaluator, alpha), self.samples, problem.rng(2, k))
             sampler = Truncated(permutations=permutations, batch=permutations)
-            *_, found = sampler.steps(game, share, problem.rng(3, k))
+            *_, found = sampler.steps(game, problem.evaluations - spent, problem.rng(3, k))
             spent += game.spent
             raw = np.zeros(mask.shape)
             raw[mask] = found.values - found.standard_errors * np.sqrt(permutations)
@@ -69,14 +68,14 @@ class Smpq:
             score = 0.8 * score + 0.2 * np.where(mask, raw, 0.0)
             alpha = alpha + 0.1 * score
             net.train(_softmax(alpha, mask), epoch, 64, self.rate, problem.rng(4, k))
-            problem.progress("supernet", k + 1, self.rounds)
+            problem.progress("supernet", k + 1, rounds)
         table = np.where(mask, -score, np.inf)
         chosen = Milp()(table, problem.budget)
         values = np.zeros(len(space.slots))
         np.add.at(values, np.argwhere(mask)[:, 0], found.values)
         variance = np.zeros(len(space.slots))
         np.add.at(variance, np.argwhere(mask)[:, 0], found.standard_errors**2)
-        attribution = Attribution(values, np.sqrt(variance), spent)  # of the last round
+        attribution = Attribution(values, np.sqrt(variance), spent)  # of the last epoch
         finding = "a reconstruction of SMPQ, not the authors' code"
         return Answer(chosen, table, attribution=attribution, finding=finding, evaluations=spent)
 
