@@ -8,7 +8,7 @@ that no side pays for page faults.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -140,15 +140,6 @@ CASES: dict[str, Callable[[torch.dtype, int | None], Comparison]] = {
     "coalition, one-hot, n = 8": one_hot,
     "quantization_error, 5 widths": quantization_error,
 }
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """The number of threads for all sides."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("axis", [None, 0], ids=["tensor", "channel"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import smpq_ext
+from benchmarks.environment import save_table
 from smpq_ext.core import Infeasible, Result
 
 METHODS = (
@@ -29,6 +32,45 @@ METHODS = (
     "shapley",
 )
 Judge = Callable[[nn.Module], NDArray[np.float64]]  # a model to its score for each held-out sample
+
+
+@dataclass(frozen=True)
+class Task:
+    """One search to run with every method: `group` is its column in the table, `name` tells its seed as well."""
+
+    group: str
+    name: str
+    batches: Sequence[Any]
+    settings: dict[str, Any]
+
+
+def arguments(doc: str, name: str, budgets: Sequence[float], methods: Sequence[str] = METHODS) -> argparse.Namespace:
+    """The command line that the search scripts share; sets torch's threads."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--budgets", type=float, nargs="+", default=list(budgets))
+    parser.add_argument("--methods", nargs="+", default=list(methods))
+    parser.add_argument("--cells", type=Path, default=Path.home() / ".cache/smpq_ext" / name)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only-table", action="store_true", help="tabulate what was measured before")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    return given
+
+
+def run(
+    name: str, note: str, given: argparse.Namespace, model: nn.Module, judge: Judge, tasks: Iterable[Task], **table: Any
+) -> None:
+    """Every method on every task, then the table of all that is known."""
+    cells = Cells(given.cells, measure=not given.only_table)
+    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for task in tasks:
+        for method in given.methods:
+            cell = cells.run(task.name, model, task.batches, judge, method, **task.settings)
+            if cell is not None:
+                groups.setdefault(task.group, {}).setdefault(method, []).append(cell)
+    note = f"{note}\nFloat model: {judge(model).mean():.4f}."
+    save_table(name, rows_of(groups, seeds=given.seeds, **table), note)
 
 
 class Cells:

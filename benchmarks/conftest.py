@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.environment import markdown, save_table
 
@@ -26,6 +28,15 @@ def table(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     name = request.module.__name__.rpartition(".")[2].removeprefix("bench_")
     note = " ".join((request.module.__doc__ or "").split())
     return request.config.stash[TABLES].setdefault(name, (note, []))[1]
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """The number of threads for all sides."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

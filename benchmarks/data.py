@@ -5,6 +5,7 @@ Images come as float32 [n, 3, height, width], labels and token ids as int64.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from dataclasses import dataclass
@@ -116,9 +117,9 @@ def _jpegs(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Decoded images [n, height, width, 3], kept in a cache, and labels of a file with `blob`, `length` and `y`."""
     with np.load(path) as arrays:
         labels = arrays["y"].astype(np.int64)
-        status = path.stat()
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smpq_ext"
-        cached = folder / f"{path.stem}-{status.st_size}-{status.st_mtime_ns}.npy"
+        cached = folder / f"{path.stem}-{digest}.npy"
         if not cached.exists():
             ends = np.cumsum(arrays["length"], dtype=np.int64)
             files = np.split(arrays["blob"], ends[:-1])

@@ -3,25 +3,22 @@
 35 linear layers from {2, 3, 4, 6, 8} bits per output channel, output (tied to the embedding) at 8; searched on the
 NLL of 38 stories of 192 tokens.
 
-    python -m benchmarks.search_stories [--seeds 3] [--budgets 2.5 3] [--methods ...] [--cells FOLDER]
+    python -m benchmarks.search_stories [--seeds 3] [--budgets 2.5 3] [--methods ...]
 """
 
 from __future__ import annotations
 
-import argparse
-from itertools import product
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from benchmarks import data, models
-from benchmarks.comparison import METHODS, Cells, Judge, rows_of
-from benchmarks.environment import save_table
+from benchmarks import comparison, data, models
+from benchmarks.comparison import Judge
 
+NAME = "search_stories"
 EVALUATIONS = 1340
 
 
@@ -43,40 +40,27 @@ def judge_nll(inputs: torch.Tensor, targets: torch.Tensor, batch: int = 50) -> J
     return judge
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[2.5, 3.0])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--cells", type=Path, default=Path.home() / ".cache/smpq_ext/search_stories")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only-table", action="store_true", help="tabulate what was measured before")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+def tasks(seeds: int, budgets: list[float], batch: tuple[torch.Tensor, torch.Tensor]) -> Iterator[comparison.Task]:
+    """All seeds search on the same stories."""
+    for seed in range(seeds):
+        for budget in budgets:
+            settings = {
+                "bits": (2, 3, 4, 6, 8),
+                "activation_bits": (),
+                "fixed": {"output": 8},
+                "budget": f"weight-bits={budget:g}",
+                "seed": seed,
+                "evaluations": EVALUATIONS,
+            }
+            yield comparison.Task(f"{budget:g} bits", f"{budget:g}-{seed}", [batch], settings)
 
-    model = models.load_llama()
+
+def main() -> None:
+    given = comparison.arguments(__doc__, NAME, (2.5, 3))
     searched, test = data.experiment_stories()
-    judge = judge_nll(*test)
-    cells = Cells(arguments.cells, measure=not arguments.only_table)
-    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for seed, budget, method in product(range(arguments.seeds), arguments.budgets, arguments.methods):
-        cell = cells.run(
-            f"{budget:g}-{seed}",
-            model,
-            [searched],
-            judge,
-            method,
-            bits=(2, 3, 4, 6, 8),
-            activation_bits=(),
-            fixed={"output": 8},
-            budget=f"weight-bits={budget:g}",
-            seed=seed,
-            evaluations=EVALUATIONS,
-        )
-        if cell is not None:
-            groups.setdefault(f"{budget:g} bits", {}).setdefault(method, []).append(cell)
-    note = f"{__doc__}\nFloat model: {judge(model).mean():.4f}. {arguments.seeds} seeds on the same stories."
-    save_table("search_stories", rows_of(groups, "lower", 3, arguments.seeds), note)
+    found = tasks(given.seeds, given.budgets, searched)
+    note = f"{__doc__}\n{given.seeds} seeds."
+    comparison.run(NAME, note, given, models.load_llama(), judge_nll(*test), found, better="lower", digits=3)
 
 
 if __name__ == "__main__":
