@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from smpq_ext import ops
 from smpq_ext.engine.grids import Grids
 from smpq_ext.engine.layers import Layer
+from smpq_ext.engine.lockstep import Lockstep, take_rows
 from smpq_ext.engine.samples import Batch, call
 
 # From so many samples on, oneDNN's and MKL's products give a sample the same bits whatever the batch size (measured).
@@ -40,20 +41,19 @@ class Executor:
         self.renormalize = False
         self.statistics: dict[str, tuple[Tensor, Tensor]] | None = None  # filled by the norms while it is a dict
         self.channels_last = False
-        self.layers = [_QuantizedLayer(self, layer, grids) for layer in layers]
-        for name in norms:
-            _RowNorm(self, name, model.get_submodule(name))
+        self.lockstep: Lockstep | None = None  # runs the rows where the model could be captured
+        self.layers = [QuantizedLayer(self, layer, grids) for layer in layers]
+        self.norms = {name: RowNorm(self, name, model.get_submodule(name)) for name in norms}
 
     def load(self, mixtures: Mapping[str, NDArray[np.float32]]) -> None:
         """Prepare the rows: mixtures [n, candidates] of every quantized slot. All weights are quantized in one call."""
         self.rows = len(next(iter(mixtures.values())))
         self.parent = torch.arange(self.rows, device=self.layers[0].source.device)
+        distinct: dict[str, tuple[NDArray[np.float32], NDArray[np.int64]]] = {}
+        for name, rows in mixtures.items():
+            different, index = np.unique(rows, axis=0, return_inverse=True)
+            distinct[name] = different, index.reshape(-1)
         weighted = [(layer, layer.weight) for layer in self.layers if layer.weight is not None]
-        distinct = []
-        for layer, _ in weighted:
-            rows, index = np.unique(mixtures[f"{layer.name}.weight"], axis=0, return_inverse=True)
-            layer.variant = index.reshape(-1).tolist()
-            distinct.append(torch.from_numpy(rows).to(layer.source.device))
         grids = [g for _, g in weighted]
         floating = any(g.zero_point.is_floating_point() for g in grids)
         quantized = ops.coalition_fake_quantize_list(
@@ -62,29 +62,37 @@ class Executor:
             [g.zero_point.to(g.scale.dtype) for g in grids] if floating else [],
             [g.quant_min for g in grids],
             [g.quant_max for g in grids],
-            distinct,
+            [torch.from_numpy(distinct[f"{layer.name}.weight"][0]).to(self.parent.device) for layer, _ in weighted],
             axis=0,
         )
         for (layer, _), variants in zip(weighted, quantized, strict=True):
             layer.variants = variants.movedim(1, layer.axis + 1)
+            layer.variant = distinct[f"{layer.name}.weight"][1].tolist()
         for layer in self.layers:
             if layer.activation is not None:
-                layer.mixtures = torch.from_numpy(mixtures[f"{layer.name}.activation"]).to(layer.source.device)
+                layer.mixtures = torch.from_numpy(mixtures[f"{layer.name}.activation"]).to(self.parent.device)
+        if self.lockstep is not None:
+            self.lockstep.load({name: index for name, (_, index) in distinct.items()})
 
     def unload(self) -> None:
         """Back to the float model, without the variants."""
         self.rows = 0
         for layer in self.layers:
             layer.variants = layer.mixtures = torch.empty(0)
+        if self.lockstep is not None:
+            self.lockstep.unload()
 
     def forward(self, batch: Batch, start: int, stop: int, model: nn.Module | None = None) -> Any:
         """The outputs for samples [start, stop) of the batch, [rows * samples, ...]; one row where nothing is loaded.
 
         `model`: another model to run in place of the copy.
         """
-        inputs = batch.rows(max(self.rows, 1), start, stop)
+        lockstep = self.lockstep if self.rows and model is None else None
+        inputs = batch.rows(1 if lockstep else max(self.rows, 1), start, stop)
         if self.channels_last and isinstance(inputs, Tensor) and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
+        if lockstep is not None:
+            return lockstep(inputs, stop - start, self.renormalize)
         return call(model or self.model, inputs)
 
     def first_non_finite(self, batch: Batch, start: int, stop: int) -> str | None:
@@ -108,7 +116,7 @@ class Executor:
         return found[0] if found else None
 
 
-class _QuantizedLayer:
+class QuantizedLayer:
     """Takes the place of a layer's forward in the copy."""
 
     def __init__(self, executor: Executor, layer: Layer, grids: Mapping[str, Grids]) -> None:
@@ -130,45 +138,71 @@ class _QuantizedLayer:
         n = self.executor.rows
         if n == 0:
             return self.original(x, *args, **kwargs)
-        rows = x.unflatten(0, (n, -1)) if n > 1 else x.unsqueeze(0)
-        if self.activation is not None:
+        variant = self.variant if self.weight is not None else None
+        mixtures = self.mixtures if self.activation is not None else None
+        return self.by_row(x, n, n, None, mixtures, variant, args, kwargs)
+
+    def by_row(
+        self,
+        x: Tensor,
+        parents: int,
+        n: int,
+        parent: Tensor | None,
+        mixtures: Tensor | None,
+        variant: list[int] | None,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """The layer for n rows that descend from rows `parent` of x [parents * samples, ...]; None: from their own.
+
+        mixtures: of the input's widths, [n, candidates], or None where it stays float; variant: of the weight, n
+        indices in ascending order, or None where it is not quantized. Returns [n * samples, ...].
+        """
+        kwargs = kwargs or {}
+        rows = x.unflatten(0, (parents, -1)) if parents > 1 else x.unsqueeze(0)
+        if mixtures is not None:
             g = self.activation
+            if parent is None:
+                parent = torch.arange(n, device=x.device)
             rows = ops.coalition_fake_quantize(
-                rows, g.scale, g.zero_point, g.quant_min, g.quant_max, self.mixtures, parent=self.executor.parent
+                rows, g.scale, g.zero_point, g.quant_min, g.quant_max, mixtures, parent=parent
             )
+        elif parent is not None:
+            rows = take_rows(x, parents, parent).unflatten(0, (n, -1))
         m = self.module
         products = rows[0].numel() // rows.shape[-1] if self.linear else len(rows[0])
         own = not (self.linear or (self.conv2d and rows.dim() == 5))
-        if self.weight is None and (n == 1 or products >= MERGE):
+        if variant is None and (n == 1 or products >= MERGE):
             return self.original(rows.flatten(0, 1) if n > 1 else rows[0], *args, **kwargs)
         if own or (n > 1 and products < MERGE):
-            return self._each(rows, args, kwargs)
+            return self._each(rows, variant, args, kwargs)
+        assert variant is not None
         if self.linear:
-            out = ops.coalition_linear(rows, self.variants, m.bias, self.variant)
+            out = ops.coalition_linear(rows, self.variants, m.bias, variant)
             return out.flatten(0, 1) if n > 1 else out[0]
         geometry = m.stride, m.padding, m.dilation, m.groups
-        out = ops.coalition_conv2d(rows, self.variants, m.bias, self.variant, *geometry).flatten(0, 1)
+        out = ops.coalition_conv2d(rows, self.variants, m.bias, variant, *geometry).flatten(0, 1)
         if n > 1 and rows[0].is_contiguous(memory_format=torch.channels_last) and not rows[0].is_contiguous():
             # Rows put together may lose the format, and what follows would round differently in another one.
             out = out.contiguous(memory_format=torch.channels_last)
         return out
 
-    def _each(self, rows: Tensor, args: Any, kwargs: Any) -> Tensor:
+    def _each(self, rows: Tensor, variant: list[int] | None, args: Any, kwargs: Any) -> Tensor:
         """The layer's own forward, row by row with the row's weight: [n * samples, ...]."""
         parameters = self.module._parameters
         own = parameters["weight"]
         try:
             out = []
             for k, row in enumerate(rows):
-                if self.weight is not None:
-                    parameters["weight"] = self.variants[self.variant[k]]
+                if variant is not None:
+                    parameters["weight"] = self.variants[variant[k]]
                 out.append(self.original(row, *args, **kwargs))
         finally:
             parameters["weight"] = own
         return out[0] if len(out) == 1 else torch.cat(out)
 
 
-class _RowNorm:
+class RowNorm:
     """Takes the place of a BatchNorm's forward in the copy: while renormalizing, each row has its own statistics."""
 
     def __init__(self, executor: Executor, name: str, module: nn.Module) -> None:
@@ -177,11 +211,14 @@ class _RowNorm:
         module.forward = self  # type: ignore[method-assign, assignment]
 
     def __call__(self, x: Tensor) -> Tensor:
+        ex = self.executor
+        return self.original(x) if not ex.renormalize or ex.rows == 0 else self.by_row(x, ex.rows)
+
+    def by_row(self, x: Tensor, n: int) -> Tensor:
+        """Each of n rows normalized by its own statistics, [n * samples, ...]."""
         ex, m = self.executor, self.module
-        if not ex.renormalize or ex.rows == 0:
-            return self.original(x)
         out = []
-        for row in x.chunk(ex.rows):
+        for row in x.chunk(n):
             y, mean, inverse = torch.native_batch_norm(row, m.weight, m.bias, None, None, True, 0.0, m.eps)
             out.append(y)
             if ex.statistics is not None:

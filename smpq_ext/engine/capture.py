@@ -1,0 +1,334 @@
+"""The model as a graph of torch.export, in steps that say whose rows their values have."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
+
+from smpq_ext.engine.layers import Layer
+from smpq_ext.engine.samples import Batch
+
+aten = torch.ops.aten
+PRODUCTS = {
+    *(getattr(aten, name).default for name in ("linear", "conv1d", "conv2d", "conv3d")),
+    *(getattr(aten, name).padding for name in ("conv1d", "conv2d", "conv3d")),
+    *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
+}
+BATCH_NORM = aten._native_batch_norm_legit_no_training.default
+ATTENTION = aten.scaled_dot_product_attention.default
+ROOT = 0  # the place of what depends on no slot: one row
+
+
+class Uncapturable(Exception):
+    """Why the model runs by its own Python instead."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """Where a step finds an operand."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A size that is `factor` times the number of samples of all rows."""
+
+    factor: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation. Its value has the rows of `place`, or, where that is None, is the same for all samples."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    place: int | None
+    operands: tuple[int, ...]  # the steps that it reads
+    frees: tuple[int, ...]  # those that nothing reads later
+    layer: int | None = None  # a quantized layer, by its index: one operand
+    norm: str | None = None  # a BatchNorm, by its name: its first operand is what it normalizes
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Steps in the order in which they run; the first ones are the model's inputs.
+
+    `places` is what the planner takes: place p reads the rows of the places inputs[p] and the choices of the slots
+    columns[p].
+    """
+
+    steps: tuple[Step, ...]
+    inputs: int
+    constants: Mapping[int, Any]
+    places: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    columns: tuple[str, ...]
+    outputs: tuple[Any, ...]
+    output_spec: TreeSpec
+
+
+def capture(model: nn.Module, layers: Sequence[Layer], quantized: Mapping[str, Any], batch: Batch) -> Graph:
+    """The graph of a model in eval mode, for inputs such as those of the batch, at any number of samples.
+
+    quantized: the names of the slots that have grids. Raises Uncapturable, with the reason.
+    """
+    program, symbol = _export(model, batch)
+    return _Builder(model, layers, quantized, program, symbol).graph()
+
+
+def leaves(inputs: Any) -> list[Any]:
+    """The inputs of a call, in the order in which the graph takes them."""
+    if isinstance(inputs, Mapping):
+        return tree_leaves(((), dict(inputs)))
+    return tree_leaves((tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), {}))
+
+
+def _export(model: nn.Module, batch: Batch) -> tuple[torch.export.ExportedProgram, Any]:
+    """The functional graph of the model, and the symbol of the number of samples."""
+    if batch.size == 1:
+        batch = batch.take(torch.zeros(2, dtype=torch.int64))
+    inputs = batch.rows(1, 0, min(batch.size, 4) if batch.size != 3 else 2)
+    size = next(x.shape[0] for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim())
+    samples = torch.export.Dim("samples", min=2)
+    args = () if isinstance(inputs, Mapping) else tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+    kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
+
+    def dynamic(x: Any) -> Any:
+        return {0: samples} if isinstance(x, Tensor) and x.dim() and x.shape[0] == size else None
+
+    shapes = tree_map(dynamic, kwargs) if kwargs else tree_map(dynamic, args)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            program = program.run_decompositions({})
+    except Exception as error:
+        raise Uncapturable(f"torch.export: {str(error).strip().splitlines()[0]}") from error
+    signature = program.graph_signature
+    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+        raise Uncapturable("its forward changes buffers or inputs")
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in signature.user_inputs:
+            value = node.meta.get("val")
+            if isinstance(value, Tensor) and value.dim() and isinstance(value.shape[0], torch.SymInt):
+                return program, value.shape[0].node.expr
+    raise Uncapturable("its number of samples is fixed")
+
+
+class _Builder:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        quantized: Mapping[str, Any],
+        program: torch.export.ExportedProgram,
+        symbol: Any,
+    ) -> None:
+        self.model, self.program, self.symbol = model, program, symbol
+        self.layers = {layer.module: k for k, layer in enumerate(layers)}
+        self.names = {module: name for name, module in model.named_modules()}
+        self.quantized = {
+            k: [slot for kind in ("activation", "weight") if (slot := f"{layer.name}.{kind}") in quantized]
+            for k, layer in enumerate(layers)
+        }
+        self.steps: list[Step] = []
+        self.index: dict[fx.Node, int] = {}
+        self.constants: dict[int, Any] = {}
+        self.columns: list[str] = []
+        self.places: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((), ())]
+        self.ancestors: list[frozenset[int]] = [frozenset()]  # of each place
+        self.joins: dict[tuple[int, ...], int] = {}
+        self.expected: dict[int, Any] = {}  # the fake value of a step
+
+    def graph(self) -> Graph:
+        nodes = list(self.program.graph.nodes)
+        signature = self.program.graph_signature
+        given = set(signature.user_inputs)
+        inputs = [n for n in nodes if n.op == "placeholder" and n.name in given]
+        for node in inputs:
+            self._add(node, Step(_given, (), {}, ROOT if self._has_samples(node) else None, (), ()))
+        tensors = {**self.program.state_dict, **self.program.constants}
+        origin = {
+            **signature.inputs_to_parameters,
+            **signature.inputs_to_buffers,
+            **signature.inputs_to_lifted_tensor_constants,
+        }
+        for node in nodes:
+            if node.op == "placeholder" and node.name not in given:
+                if node.name not in origin:
+                    raise Uncapturable(f"an input of the kind of {node.name} is not supported")
+                self._add(node, Step(_given, (), {}, None, (), ()))
+                self.constants[self.index[node]] = tensors[origin[node.name]].detach()
+            elif node.op == "call_function":
+                self._call(node)
+            elif node.op not in ("placeholder", "output"):
+                raise Uncapturable(f"a {node.op} is not supported")
+        missing = [layer for layer, k in self.layers.items() if all(step.layer != k for step in self.steps)]
+        if missing:
+            raise Uncapturable(f"the product of {self.names[missing[0]]} is not found in the graph")
+        (output,) = nodes[-1].args
+        outputs = tuple(Value(self.index[x]) if isinstance(x, fx.Node) else x for x in output)
+        return Graph(
+            self._with_lifetimes({x.step for x in outputs if isinstance(x, Value)}),
+            len(inputs),
+            self.constants,
+            tuple(self.places),
+            tuple(self.columns),
+            outputs,
+            self.program.call_spec.out_spec,
+        )
+
+    def _call(self, node: fx.Node) -> None:
+        value = node.meta.get("val")
+        if not node.users or isinstance(value, int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool):
+            return  # asserts, and sizes: those that are used are known from their expressions
+        if node.target is operator.getitem and node.args[0].target is BATCH_NORM:
+            if node.args[1] != 0:
+                raise Uncapturable("the statistics of a BatchNorm are used")
+            self.index[node] = self.index[node.args[0]]
+            return
+        if not isinstance(node.target, torch._ops.OpOverload) and node.target is not operator.getitem:
+            raise Uncapturable(f"{node.target} is not supported")
+        without_dropout = node.target is ATTENTION and (*node.args[4:], 0.0)[0] == 0 and "dropout_p" not in node.kwargs
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not without_dropout:
+            raise Uncapturable(f"{node.target} draws random numbers")
+        target = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}.get(
+            node.target, node.target
+        )
+        operands: list[int] = []
+        args, kwargs = (self._arguments(x, operands) for x in (node.args, dict(node.kwargs)))
+        if not self._has_samples(node):
+            if any(self.steps[k].place is not None for k in operands):
+                raise Uncapturable(f"{node.name} mixes the samples")
+            self._add(node, Step(target, args, kwargs, None, tuple(operands), ()))
+            with torch.no_grad():
+                constant = target(*fill(args, self.constants, 1), **fill(kwargs, self.constants, 1))
+            self.constants[self.index[node]] = constant
+            return
+        places = sorted({place for k in operands if (place := self.steps[k].place) is not None})
+        place = self._join(places, operands) if places else ROOT
+        module = self._module(node)
+        layer = self.layers.get(module) if module is not None and node.target in PRODUCTS else None
+        norm = None
+        if layer is not None:
+            weight = args[1]
+            own = module._parameters["weight"]  # type: ignore[union-attr]
+            same = isinstance(weight, Value) and self.constants.get(weight.step) is not None
+            if not same or own is None or self.constants[weight.step].data_ptr() != own.data_ptr():
+                raise Uncapturable(f"{self.names[module]} does not multiply by its own weight")
+            operands, args, kwargs = [args[0].step], (args[0],), {}
+            place = self._slots(place, self.quantized[layer])
+        elif node.target is BATCH_NORM:
+            norm = self.names.get(module) if module is not None else None
+            target = _batch_norm
+        self._add(node, Step(target, args, kwargs, place, tuple(operands), (), layer, norm))
+
+    def _add(self, node: fx.Node, step: Step) -> None:
+        self.index[node] = len(self.steps)
+        self.expected[len(self.steps)] = node.meta.get("val")
+        self.steps.append(step)
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        """The innermost module whose forward ran the node."""
+        stack = node.meta.get("nn_module_stack")
+        path = list(stack.values())[-1][0] if stack else ""
+        return self.model.get_submodule(path.split("@")[0]) if path else None
+
+    def _place(self, inputs: tuple[int, ...], columns: tuple[int, ...]) -> int:
+        self.places.append((inputs, columns))
+        self.ancestors.append(frozenset(inputs).union(*(self.ancestors[p] for p in inputs)))
+        return len(self.places) - 1
+
+    def _slots(self, place: int, slots: list[str]) -> int:
+        """The place after a layer with these slots, where their choices part the rows."""
+        if not slots:
+            return place
+        self.columns += [slot for slot in slots if slot not in self.columns]
+        return self._place((place,), tuple(self.columns.index(slot) for slot in slots))
+
+    def _join(self, places: list[int], operands: list[int]) -> int:
+        """The place whose rows descend from rows of all these; what is gathered must have the samples first."""
+        if len(places) == 1:
+            return places[0]
+        last = next((p for p in places if self.ancestors[p].issuperset(set(places) - {p})), None)
+        for k in operands:
+            if self.steps[k].place not in (None, last):
+                for x in tree_leaves(self.expected[k]):
+                    if isinstance(x, Tensor) and not (x.dim() and isinstance(x.shape[0], torch.SymInt)):
+                        raise Uncapturable("values are joined whose first dimension is not that of the samples")
+        if last is not None:
+            return last
+        key = tuple(places)
+        if key not in self.joins:
+            self.joins[key] = self._place(key, ())
+        return self.joins[key]
+
+    def _has_samples(self, node: fx.Node) -> bool:
+        return any(
+            isinstance(size, torch.SymInt)
+            for x in tree_leaves(node.meta.get("val"))
+            if isinstance(x, Tensor)
+            for size in x.shape
+        )
+
+    def _arguments(self, given: Any, operands: list[int]) -> Any:
+        """The arguments of a node with Value and Samples in place of nodes; the steps that it reads are added."""
+
+        def one(x: Any) -> Any:
+            if not isinstance(x, fx.Node):
+                return x
+            value = x.meta.get("val")
+            if isinstance(value, torch.SymInt):
+                factor = value.node.expr / self.symbol
+                if not factor.is_Integer:
+                    raise Uncapturable(f"a size depends on the number of samples as {value}")
+                return Samples(int(factor))
+            if isinstance(value, int | float | bool):
+                return value
+            if x not in self.index:
+                raise Uncapturable(f"{x.name} is not supported")
+            if self.index[x] not in operands:
+                operands.append(self.index[x])
+            return Value(self.index[x])
+
+        return fx.map_arg(given, one)
+
+    def _with_lifetimes(self, kept: set[int]) -> tuple[Step, ...]:
+        last = {k: i for i, step in enumerate(self.steps) for k in step.operands}
+        frees: dict[int, list[int]] = {}
+        for k, i in last.items():
+            if k not in kept and self.steps[k].place is not None:
+                frees.setdefault(i, []).append(k)
+        return tuple(
+            Step(s.target, s.args, s.kwargs, s.place, s.operands, tuple(frees.get(i, ())), s.layer, s.norm)
+            for i, s in enumerate(self.steps)
+        )
+
+
+def fill(given: Any, values: Mapping[int, Any], samples: int) -> Any:
+    """Arguments with the values of the steps, and sizes for this number of samples."""
+    if isinstance(given, Value):
+        return values[given.step]
+    if isinstance(given, Samples):
+        return given.factor * samples
+    if isinstance(given, tuple | list):
+        return type(given)(fill(x, values, samples) for x in given)
+    if isinstance(given, dict):
+        return {key: fill(x, values, samples) for key, x in given.items()}
+    return given
+
+
+def _batch_norm(x: Tensor, *arguments: Any) -> Tensor:
+    return BATCH_NORM(x, *arguments)[0]
+
+
+def _given() -> None:
+    """The target of what is there before the first step runs."""
