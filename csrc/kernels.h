@@ -70,6 +70,51 @@ struct QuantizationErrorArgs {
   Shape3 shape;
 };
 
+// A row of codes that descends from a row of values: where it goes, and its grid, with the zero point folded into the
+// bounds: code = rint(clamp(value * inv_scale, low, high)) + zero_point.
+struct Child {
+  uint8_t* codes;  // [pixels, code_channels]
+  float inv_scale, low, high, zero_point;
+};
+
+// What becomes of the products of a layer, pixel by pixel, [channels] being the fastest dimension: value = clamp(product
+// * scale + bias + residual, low, high), and its codes on the grid of every child. Codes have their own number of
+// channels, a multiple of four; those beyond `channels` are 0.
+struct Epilogue {
+  const float* scale;           // [rows, channels]
+  const float* bias;            // [rows, channels]
+  const float* residual;        // [residual rows, pixels, channels], or null
+  const int64_t* residual_row;  // [rows]
+  float low, high;
+  float* values;               // [rows, pixels, channels], or null
+  const int64_t* child_begin;  // [rows + 1]
+  const Child* children;
+  int64_t pixels, channels, code_channels;
+};
+
+// The epilogue of values that are there already: row r is that of values[parent[r]]; without scale and bias, as it is.
+struct EpilogueArgs {
+  const float* values;    // [parents, pixels, channels]
+  const int64_t* parent;  // [rows]
+  int64_t rows;
+  Epilogue epilogue;
+};
+
+// Integer products of codes, exact: row r multiplies the codes of parent[r] by weight variant[r], and adds start[r].
+struct ConvolutionArgs {
+  const uint8_t* codes;     // [parents, samples, height, width, channels], channels a multiple of 4
+  const int8_t* weight;     // [variants, outs, taps, channels / 4, 16, 4], outs counting blocks of 16 output channels;
+                            // depthwise: [variants, outs, taps, 16]
+  const uint8_t* padding;   // [parents]: the code of 0
+  const int32_t* start;     // [rows, outs * 16]: minus the zero point's share of the products
+  const int64_t* parent;    // [rows]
+  const int64_t* variant;   // [rows]
+  int64_t rows, samples, height, width, channels, outs, out_height, out_width;
+  int64_t kernel[2], stride[2], pad[2], dilation[2];
+  bool depthwise;
+  Epilogue epilogue;
+};
+
 namespace cpu {
 
 enum class Isa { baseline, avx2, avx512 };
@@ -88,6 +133,8 @@ const char* isa_name();
                                int64_t first_block, int64_t last_block);                                           \
   template <class T, class C, class Z>                                                                             \
   void quantization_error(const QuantizationErrorArgs<T, C, Z>&, int64_t first_piece, int64_t last_piece);         \
+  void coalition_convolution(const ConvolutionArgs&, int64_t first_image, int64_t last_image);                     \
+  void coalition_epilogue(const EpilogueArgs&, int64_t first_unit, int64_t last_unit);                             \
   }
 SMPQ_DECLARE(baseline)
 SMPQ_DECLARE(avx2)
@@ -98,6 +145,10 @@ SMPQ_DECLARE(avx512)
 // block.
 constexpr int64_t kCoalitionBlock = 1024;
 inline int64_t coalition_blocks(const Shape3& s) { return (s.elements() + kCoalitionBlock - 1) / kCoalitionBlock; }
+
+// Units of coalition_epilogue: every row is cut into runs of so many pixels.
+constexpr int64_t kEpiloguePixels = 256;
+inline int64_t epilogue_units(const Epilogue& e) { return (e.pixels + kEpiloguePixels - 1) / kEpiloguePixels; }
 
 }  // namespace cpu
 

@@ -14,7 +14,8 @@ Isa detect() {
   if (wanted && std::strcmp(wanted, "baseline") == 0) return Isa::baseline;
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vnni");
   if (avx512 && !(wanted && allowed("avx2"))) return Isa::avx512;
   if (avx2) return Isa::avx2;
 #endif

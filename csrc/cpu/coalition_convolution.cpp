@@ -1,0 +1,225 @@
+// coalition_convolution on the CPU. Compiled once per instruction set, into the namespace SMPQ_ISA.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#if defined(__AVX512VNNI__)
+#include <immintrin.h>
+#endif
+
+#include "../kernels.h"
+#include "epilogue.h"
+
+namespace smpq::cpu::SMPQ_ISA {
+namespace {
+
+// Memory of this file's own: a container's code, compiled here for one instruction set, could end up in all of them.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : memory_(static_cast<T*>(std::malloc(std::max<int64_t>(count, 1) * sizeof(T)))) {
+    if (!memory_) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(memory_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* data() const { return memory_; }
+
+ private:
+  T* memory_;
+};
+
+// Where the pixels of one image are, its border filled in.
+struct Image {
+  const uint8_t* codes;
+  int64_t row_bytes;
+  const int64_t* taps;  // offsets of the kernel's positions
+  int64_t tap_count;
+};
+
+// Products of `T` neighbouring output pixels and `blocks` x 16 output channels, kept in registers.
+template <int T, int blocks>
+void multiply(const ConvolutionArgs& a, const uint8_t* x, int64_t step, const Image& image, const int8_t* weight,
+              const int32_t* start, int32_t (&out)[T][blocks * kLanes]) {
+  const int64_t panel = image.tap_count * a.channels * kLanes;  // bytes of a block of channels
+#if defined(__AVX512VNNI__)
+  __m512i sum[T][blocks];
+#pragma GCC unroll 4
+  for (int o = 0; o < blocks; ++o) {
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) sum[t][o] = _mm512_loadu_si512(start + o * kLanes);
+  }
+  for (int64_t k = 0; k < image.tap_count; ++k) {
+    const int64_t tap = image.taps[k];
+    for (int64_t c = 0; c < a.channels; c += 4) {
+      __m512i w[blocks];
+#pragma GCC unroll 4
+      for (int o = 0; o < blocks; ++o) w[o] = _mm512_loadu_si512(weight + o * panel);
+      weight += 4 * kLanes;
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t) {
+        int32_t four;
+        std::memcpy(&four, x + tap + t * step + c, 4);
+        const __m512i codes = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+        for (int o = 0; o < blocks; ++o) sum[t][o] = _mm512_dpbusd_epi32(sum[t][o], codes, w[o]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+    for (int o = 0; o < blocks; ++o) _mm512_storeu_si512(out[t] + o * kLanes, sum[t][o]);
+  }
+#else
+  for (int t = 0; t < T; ++t) std::copy(start, start + blocks * kLanes, out[t]);
+  for (int64_t k = 0; k < image.tap_count; ++k) {
+    const int64_t tap = image.taps[k];
+    for (int64_t c = 0; c < a.channels; c += 4) {
+      for (int t = 0; t < T; ++t) {
+        const uint8_t* four = x + tap + t * step + c;
+        for (int o = 0; o < blocks; ++o) {
+          const int8_t* w = weight + o * panel;
+          for (int lane = 0; lane < kLanes; ++lane) {
+            out[t][o * kLanes + lane] += four[0] * w[4 * lane] + four[1] * w[4 * lane + 1] + four[2] * w[4 * lane + 2] +
+                                         four[3] * w[4 * lane + 3];
+          }
+        }
+      }
+      weight += 4 * kLanes;
+    }
+  }
+#endif
+}
+
+// One product per channel and tap.
+template <int T>
+void multiply_depthwise(const uint8_t* x, int64_t step, const Image& image, const int8_t* weight, const int32_t* start,
+                        int32_t (&out)[T][kLanes]) {
+  for (int t = 0; t < T; ++t) std::copy(start, start + kLanes, out[t]);
+  for (int64_t k = 0; k < image.tap_count; ++k) {
+    const int64_t tap = image.taps[k];
+    for (int t = 0; t < T; ++t) {
+      const uint8_t* codes = x + tap + t * step;
+      for (int lane = 0; lane < kLanes; ++lane) out[t][lane] += codes[lane] * weight[lane];
+    }
+    weight += kLanes;
+  }
+}
+
+// What a row does to the blocks of output channels that are computed together.
+template <int blocks>
+struct Block {
+  int64_t row, first;  // channel
+  const int8_t* weight;
+  const int32_t* start;
+  float scale[blocks * kLanes], bias[blocks * kLanes];
+
+  Block(const ConvolutionArgs& a, int64_t row_, int64_t block, int64_t taps) : row(row_), first(block * kLanes) {
+    weight = a.weight + (a.variant[row] * a.outs + block) * taps * kLanes * (a.depthwise ? 1 : a.channels);
+    start = a.start + row * a.outs * kLanes + first;
+    const Epilogue& e = a.epilogue;
+    for (int k = 0; k < blocks * kLanes; ++k) {
+      const bool there = first + k < e.channels;
+      scale[k] = there ? e.scale[row * e.channels + first + k] : 0;
+      bias[k] = there ? e.bias[row * e.channels + first + k] : 0;
+    }
+  }
+};
+
+template <int T, int blocks>
+void tile(const ConvolutionArgs& a, const Image& image, const Block<blocks>& b, int64_t sample, int64_t oy,
+          int64_t ox) {
+  const int64_t step = a.stride[1] * a.channels;
+  const uint8_t* x = image.codes + oy * a.stride[0] * image.row_bytes + ox * step + (a.depthwise ? b.first : 0);
+  int32_t products[T][blocks * kLanes];
+  if (a.depthwise) {
+    if constexpr (blocks == 1) multiply_depthwise<T>(x, step, image, b.weight, b.start, products);
+  } else {
+    multiply<T, blocks>(a, x, step, image, b.weight, b.start, products);
+  }
+  const Epilogue& e = a.epilogue;
+  const int64_t pixel = (sample * a.out_height + oy) * a.out_width + ox;
+  for (int o = 0; o < blocks; ++o) {
+    const int64_t channel = b.first + o * kLanes;
+    Floats scale, bias;
+    load(scale, b.scale + o * kLanes);
+    load(bias, b.bias + o * kLanes);
+    const bool whole = channel + kLanes <= e.channels;
+    const int n = static_cast<int>(e.channels - channel), n_codes = static_cast<int>(e.code_channels - channel);
+    for (int t = 0; t < T; ++t) {
+      Ints sums;
+      load(sums, products[t] + o * kLanes);
+      const Floats product = __builtin_convertvector(sums, Floats) * scale + bias;
+      if (whole) {
+        finish<true>(e, b.row, pixel + t, channel, product, kLanes, kLanes);
+      } else {
+        finish<false>(e, b.row, pixel + t, channel, product, n, n_codes);
+      }
+    }
+  }
+}
+
+template <int blocks, int T>
+void line(const ConvolutionArgs& a, const Image& image, const Block<blocks>& b, int64_t sample, int64_t oy,
+          int64_t ox) {
+  for (; ox + T <= a.out_width; ox += T) tile<T, blocks>(a, image, b, sample, oy, ox);
+  if constexpr (T > 1) {
+    if (ox < a.out_width) line<blocks, T / 2>(a, image, b, sample, oy, ox);
+  }
+}
+
+// The weights of a block stay in the nearest caches while all pixels pass by.
+template <int blocks, int T>
+void channels(const ConvolutionArgs& a, const Image& image, int64_t row, int64_t sample, int64_t& block) {
+  for (; block + blocks <= a.outs; block += blocks) {
+    const Block<blocks> b(a, row, block, image.tap_count);
+    for (int64_t oy = 0; oy < a.out_height; ++oy) line<blocks, T>(a, image, b, sample, oy, 0);
+  }
+}
+
+// The codes of one image, in `padded` where the border is needed.
+Image frame(const ConvolutionArgs& a, int64_t parent, int64_t sample, uint8_t* padded, int64_t* taps) {
+  const int64_t line = a.width * a.channels;
+  const uint8_t* source = a.codes + (parent * a.samples + sample) * a.height * line;
+  Image image{source, line, taps, a.kernel[0] * a.kernel[1]};
+  if (padded) {
+    image.codes = padded;
+    image.row_bytes = (a.width + 2 * a.pad[1]) * a.channels;
+    const int64_t before = a.pad[0] * image.row_bytes + a.pad[1] * a.channels;
+    std::memset(padded, a.padding[parent], (a.height + 2 * a.pad[0]) * image.row_bytes);
+    for (int64_t y = 0; y < a.height; ++y) {
+      std::memcpy(padded + before + y * image.row_bytes, source + y * line, line);
+    }
+  }
+  for (int64_t ky = 0; ky < a.kernel[0]; ++ky) {
+    for (int64_t kx = 0; kx < a.kernel[1]; ++kx) {
+      *taps++ = ky * a.dilation[0] * image.row_bytes + kx * a.dilation[1] * a.channels;
+    }
+  }
+  return image;
+}
+
+}  // namespace
+
+void coalition_convolution(const ConvolutionArgs& a, int64_t first_image, int64_t last_image) {
+  // Depthwise blocks of 16 channels read past the last pixel where the channels are no multiple of 16.
+  const int64_t beyond = a.depthwise && a.channels % kLanes ? kLanes : 0;
+  const Buffer<uint8_t> padded((a.height + 2 * a.pad[0]) * (a.width + 2 * a.pad[1]) * a.channels + beyond);
+  const Buffer<int64_t> taps(a.kernel[0] * a.kernel[1]);
+  const bool copied = a.pad[0] || a.pad[1] || beyond;
+  if (beyond) std::memset(padded.data(), 0, (a.height + 2 * a.pad[0]) * (a.width + 2 * a.pad[1]) * a.channels + beyond);
+  for (int64_t unit = first_image; unit < last_image; ++unit) {
+    const int64_t row = unit / a.samples, sample = unit % a.samples;
+    const Image image = frame(a, a.parent[row], sample, copied ? padded.data() : nullptr, taps.data());
+    int64_t block = 0;
+    if (!a.depthwise) {
+      channels<4, 4>(a, image, row, sample, block);
+      channels<2, 8>(a, image, row, sample, block);
+    }
+    channels<1, 8>(a, image, row, sample, block);
+  }
+}
+
+}  // namespace smpq::cpu::SMPQ_ISA

@@ -1,0 +1,100 @@
+// From tensors to the arguments of an Epilogue, for the ops that end in one.
+#pragma once
+
+#include "tensor.h"
+
+namespace smpq {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// Sizes of -1 are any.
+inline void check_tensor(const char* op, const Tensor& t, const char* name, ScalarType type,
+                         const std::vector<int64_t>& size) {
+  bool fits = t.scalar_type() == type && t.is_contiguous() && t.dim() == static_cast<int64_t>(size.size());
+  for (int64_t d = 0; fits && d < t.dim(); ++d) fits = size[d] < 0 || t.size(d) == size[d];
+  std::string wanted = "[";
+  for (size_t d = 0; d < size.size(); ++d) {
+    wanted.append(d ? ", " : "").append(size[d] < 0 ? "*" : std::to_string(size[d]));
+  }
+  SMPQ_CHECK(fits, op, ": ", name, " ", shape_of(t), " must be contiguous, of its dtype, and ", wanted, "]");
+}
+
+inline void check_indices(const char* op, const Tensor& t, const char* name, int64_t bound) {
+  const int64_t* index = data<int64_t>(t);
+  for (int64_t k = 0; k < t.numel(); ++k) {
+    SMPQ_CHECK(index[k] >= 0 && index[k] < bound, op, ": ", name, "[", k, "] is ", index[k], ", there are ", bound);
+  }
+}
+
+// An Epilogue with the tensors that it writes, and the children of every row.
+struct EpilogueTensors {
+  Epilogue epilogue{};
+  std::vector<Tensor> out;  // the values (no rows where they are not wanted), and codes for each list of children
+  std::vector<int64_t> child_begin;
+  std::vector<Child> children;
+};
+
+// `size`: [samples, height, width] of one row. child_row[k] [children]: the rows that they descend from; child_grid[k]
+// [children, 4]: scale, zero point and bounds of their codes.
+inline EpilogueTensors make_epilogue(const char* op, const Tensor& like, int64_t rows, const std::vector<int64_t>& size,
+                                     int64_t channels, const OptionalTensor& scale, const OptionalTensor& bias,
+                                     const OptionalTensor& residual, const OptionalTensor& residual_row, double low,
+                                     double high, bool values, const std::vector<Tensor>& child_row,
+                                     const std::vector<Tensor>& child_grid) {
+  EpilogueTensors made;
+  Epilogue& e = made.epilogue;
+  e.pixels = size[0] * size[1] * size[2];
+  e.channels = channels;
+  e.code_channels = (channels + 3) / 4 * 4;
+  e.low = static_cast<float>(low);
+  e.high = static_cast<float>(high);
+  SMPQ_CHECK(scale.has_value() == bias.has_value(), op, ": scale and bias come together");
+  if (scale) {
+    check_tensor(op, *scale, "scale", ScalarType::Float, {rows, channels});
+    check_tensor(op, *bias, "bias", ScalarType::Float, {rows, channels});
+  }
+  e.scale = data<float>(scale);
+  e.bias = data<float>(bias);
+  SMPQ_CHECK(residual.has_value() == residual_row.has_value(), op, ": residual and residual_row come together");
+  if (residual) {
+    check_tensor(op, *residual, "residual", ScalarType::Float, {-1, size[0], size[1], size[2], channels});
+    check_tensor(op, *residual_row, "residual_row", ScalarType::Long, {rows});
+    check_indices(op, *residual_row, "residual_row", residual->size(0));
+  }
+  e.residual = data<float>(residual);
+  e.residual_row = data<int64_t>(residual_row);
+  const auto shape = [&](int64_t n, int64_t c) { return std::vector<int64_t>{n, size[0], size[1], size[2], c}; };
+  made.out.push_back(torch::stable::new_empty(like, shape(values ? rows : 0, channels), ScalarType::Float));
+  e.values = values ? mutable_data<float>(made.out[0]) : nullptr;
+
+  SMPQ_CHECK(child_row.size() == child_grid.size(), op, ": child_row and child_grid must have as many entries");
+  auto& begin = made.child_begin;
+  begin.assign(rows + 1, 0);
+  int64_t total = 0;
+  for (size_t k = 0; k < child_row.size(); ++k) {
+    const int64_t n = child_row[k].numel();
+    check_tensor(op, child_row[k], "child_row", ScalarType::Long, {n});
+    check_tensor(op, child_grid[k], "child_grid", ScalarType::Float, {n, 4});
+    check_indices(op, child_row[k], "child_row", rows);
+    made.out.push_back(torch::stable::new_empty(like, shape(n, e.code_channels), ScalarType::Byte));
+    for (int64_t i = 0; i < n; ++i) ++begin[data<int64_t>(child_row[k])[i] + 1];
+    total += n;
+  }
+  std::partial_sum(begin.begin(), begin.end(), begin.begin());
+  std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+  made.children.resize(total);
+  for (size_t k = 0; k < child_row.size(); ++k) {
+    for (int64_t i = 0; i < child_row[k].numel(); ++i) {
+      const float* g = data<float>(child_grid[k]) + 4 * i;
+      SMPQ_CHECK(g[2] >= 0 && g[3] <= 255, op, ": the bounds of child_grid must be from 0 to 255");
+      const auto folded = fold(make_grid<float>(g[0], g[1], static_cast<int32_t>(g[2]), static_cast<int32_t>(g[3])));
+      uint8_t* codes = mutable_data<uint8_t>(made.out[k + 1]) + i * e.pixels * e.code_channels;
+      made.children[next[data<int64_t>(child_row[k])[i]]++] = {codes, folded.inv_scale, folded.low, folded.high, g[1]};
+    }
+  }
+  e.child_begin = begin.data();
+  e.children = made.children.data();
+  return made;
+}
+
+}  // namespace smpq
