@@ -73,6 +73,7 @@ class Graph:
     columns: tuple[str, ...]
     outputs: tuple[Any, ...]
     output_spec: TreeSpec
+    shapes: tuple[Any, ...]  # of the values, the number of samples being a symbol
 
 
 def capture(model: nn.Module, layers: Sequence[Layer], quantized: Mapping[str, Any], batch: Batch) -> Graph:
@@ -184,6 +185,7 @@ class _Builder:
             tuple(self.columns),
             outputs,
             self.program.call_spec.out_spec,
+            tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in self.expected.values()),
         )
 
     def _call(self, node: fx.Node) -> None:
@@ -248,11 +250,12 @@ class _Builder:
         return len(self.places) - 1
 
     def _slots(self, place: int, slots: list[str]) -> int:
-        """The place after a layer with these slots, where their choices part the rows."""
-        if not slots:
-            return place
-        self.columns += [slot for slot in slots if slot not in self.columns]
-        return self._place((place,), tuple(self.columns.index(slot) for slot in slots))
+        """The place after these slots: the choices in each part the rows once more."""
+        for slot in slots:
+            if slot not in self.columns:
+                self.columns.append(slot)
+            place = self._place((place,), (self.columns.index(slot),))
+        return place
 
     def _join(self, places: list[int], operands: list[int]) -> int:
         """The place whose rows descend from rows of all these; what is gathered must have the samples first."""

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map, tree_unflatten
 
 from smpq_ext import _C
 from smpq_ext.engine.capture import Graph, Value, fill, leaves
+from smpq_ext.engine.integer import BOUNDED, Call, Integer
 
 if TYPE_CHECKING:
     from smpq_ext.engine.executor import QuantizedLayer, RowNorm
@@ -37,32 +38,62 @@ def take_rows(x: Tensor, rows: int, index: Tensor) -> Tensor:
 class Lockstep:
     """All coalitions advance together, step by step, [rows * samples, ...]; descendants index into their ancestors.
 
-    Layers and norms are the objects of the executor that swaps modules, so both give the same values.
+    Layers and norms are the objects of the executor that swaps modules, so both give the same values; `integer` runs
+    assignments of at most 8 bits.
     """
 
-    def __init__(self, graph: Graph, layers: list[QuantizedLayer], norms: Mapping[str, RowNorm]) -> None:
-        self.graph, self.layers, self.norms = graph, layers, norms
+    def __init__(
+        self, graph: Graph, layers: list[QuantizedLayer], norms: Mapping[str, RowNorm], integer: Integer | None = None
+    ) -> None:
+        self.graph, self.layers, self.norms, self.integer = graph, layers, norms, integer
         self.rows: list[_Rows] = []
         self._descent: dict[tuple[int, int], Tensor | None] = {}
+        self._calls: dict[int, Call] = {}  # of the fused steps, by the last one; empty for mixtures
+        self._children: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
-    def load(self, choices: Mapping[str, NDArray[np.int64]]) -> None:
-        """Plan the coalitions: the number of each one's choice, [n], in every quantized slot."""
+    def load(self, choices: Mapping[str, NDArray[np.integer]], integer: bool = False) -> None:
+        """Plan the coalitions: the number of each one's choice, [n], in every quantized slot.
+
+        With `integer` the choices are indices of candidates.
+        """
+        self.unload()
         table = np.stack([choices[name] for name in self.graph.columns], axis=1).astype(np.int32)
         self.rows = [_Rows(*found) for found in _C.plan(self.graph.places, table)]
-        self._descent = {}
+        if not integer or self.integer is None:
+            return
+        picked = [
+            torch.from_numpy(table[rows.coalition, columns[0]].astype(np.int64)) if columns else None
+            for rows, (_, columns) in zip(self.rows, self.graph.places, strict=True)
+        ]
+        for last, fused in self.integer.fused.items():
+            place = self._place(fused.step)
+            codes = self._codes_place(fused.step)
+            parent = torch.from_numpy(self.rows[codes].row[self.rows[place].coalition])
+            self._calls[last] = self.integer.call(fused, parent, picked[codes], picked[place])
+        for source, consumers in self.integer.consumers.items():
+            if consumers:
+                places = [self._codes_place(c) for c in consumers]
+                child_row = [self._row_of(self._place(source), place) for place in places]
+                grids = [self.integer.by_step[c].layer.grids for c in consumers]
+                child_grid = [g[picked[place]] for g, place in zip(grids, places, strict=True)]
+                self._children[source] = child_row, child_grid
 
     def unload(self) -> None:
-        self.rows, self._descent = [], {}
+        self.rows, self._descent, self._calls, self._children = [], {}, {}, {}
 
     def __call__(self, inputs: Any, samples: int, renormalize: bool) -> Any:
         """The outputs for the inputs of one row, [n * samples, ...], n coalitions being loaded."""
         graph = self.graph
         values: dict[int, Any] = {**graph.constants, **dict(enumerate(leaves(inputs)))}
+        codes: dict[int, Tensor] = {}
+        absorbed = self.integer.absorbed if self.integer is not None and self._calls else ()
         for k, step in enumerate(graph.steps):
-            if k < graph.inputs or step.place is None:
+            if k < graph.inputs or step.place is None or k in absorbed:
                 continue
             count = len(self.rows[step.place].coalition)
-            if step.layer is not None:
+            if k in self._calls:
+                values[k] = self._integer(k, values, codes, samples)
+            elif step.layer is not None:
                 values[k] = self._layer(step.layer, values[step.operands[0]], step.operands[0], step.place)
             else:
                 read = {j: self._descend(values[j], graph.steps[j].place, step.place) for j in step.operands}
@@ -72,9 +103,64 @@ class Lockstep:
                 else:
                     values[k] = step.target(*args, **fill(step.kwargs, read, count * samples))
             for j in step.frees:
-                del values[j]
+                values.pop(j, None)
         everyone = [self._everyone(values[x.step], x.step) if isinstance(x, Value) else x for x in graph.outputs]
         return tree_unflatten(everyone, graph.output_spec)
+
+    def _integer(self, last: int, values: dict[int, Any], codes: dict[int, Tensor], samples: int) -> Tensor | None:
+        """A fused call: its codes are put where the next layers find them; returns the floating value if it is read."""
+        assert self.integer is not None
+        fused, call = self.integer.fused[last], self._calls[last]
+        if fused.step not in codes:
+            self._quantize(fused.source, values[fused.source], codes)
+        residual = residual_row = None
+        if fused.residual is not None:
+            residual_row = self._row_of(self._place(fused.residual), self._place(last))
+            residual = _pixels(values[fused.residual], self._count(fused.residual), fused.layer.conv2d)
+        wanted = last in self.integer.with_values
+        out = torch.ops.smpq.coalition_convolution(
+            codes.pop(fused.step),
+            *(call.padding, fused.layer.packed, call.start, call.parent, call.variant, call.scale, call.bias),
+            *(residual, residual_row, fused.low, fused.high, fused.layer.geometry, fused.layer.depthwise, wanted),
+            *self._children.get(last, ([], [])),
+        )
+        codes.update(zip(self.integer.consumers[last], out[1:], strict=True))
+        if not wanted:
+            return None
+        if fused.layer.conv2d:
+            return out[0].flatten(0, 1).permute(0, 3, 1, 2)
+        middle = values[fused.source].shape[1:-1] if fused.source in values else self.graph.shapes[last][1:-1]
+        return out[0].view(self._count(last) * samples, *middle, out[0].shape[-1])
+
+    def _quantize(self, source: int, value: Tensor, codes: dict[int, Tensor]) -> None:
+        """The codes of a floating value for all layers that read it."""
+        assert self.integer is not None
+        consumers, (child_row, child_grid) = self.integer.consumers[source], self._children[source]
+        for conv2d in (True, False):
+            chosen = [i for i, c in enumerate(consumers) if self.integer.by_step[c].layer.conv2d == conv2d]
+            if chosen:
+                x = _pixels(value, self._count(source), conv2d)
+                rows, grids = [child_row[i] for i in chosen], [child_grid[i] for i in chosen]
+                same = torch.arange(len(x))
+                out = torch.ops.smpq.coalition_epilogue(
+                    x, same, None, None, None, None, -BOUNDED, BOUNDED, False, rows, grids
+                )
+                codes.update(zip([consumers[i] for i in chosen], out[1:], strict=True))
+
+    def _place(self, step: int) -> int:
+        place = self.graph.steps[step].place
+        assert place is not None
+        return place
+
+    def _codes_place(self, step: int) -> int:
+        """Where the input of an integer layer has been quantized: before the choice of its weight."""
+        return self.graph.places[self._place(step)][0][0]
+
+    def _count(self, step: int) -> int:
+        return len(self.rows[self._place(step)].coalition)
+
+    def _row_of(self, source: int, place: int) -> Tensor:
+        return torch.from_numpy(self.rows[source].row[self.rows[place].coalition])
 
     def _layer(self, layer: int, x: Tensor, operand: int, place: int) -> Tensor:
         source = self.graph.steps[operand].place
@@ -112,3 +198,11 @@ class Lockstep:
         assert source is not None
         count = len(self.rows[source].coalition)
         return tree_map(lambda x: take_rows(x, count, index) if isinstance(x, Tensor) else x, value)
+
+
+def _pixels(x: Tensor, rows: int, conv2d: bool) -> Tensor:
+    """A value [rows * samples, ...] as [rows, samples, height, width, channels]."""
+    if conv2d:
+        return x.permute(0, 2, 3, 1).contiguous().unflatten(0, (rows, -1))
+    x = x.contiguous().unflatten(0, (rows, -1))
+    return x[:, None, None] if x.dim() == 3 else x.flatten(2, -2)[:, :, None]

@@ -1,0 +1,211 @@
+"""The integer path: assignments of at most 8 bits, whose activations stay codes from layer to layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from smpq_ext.engine.capture import Graph, Step, Value, aten
+from smpq_ext.engine.grids import Grids
+
+if TYPE_CHECKING:
+    from smpq_ext.engine.executor import QuantizedLayer
+
+BOUNDED = float(torch.finfo(torch.float32).max)  # no clamp
+LANES = 16
+
+
+class IntegerLayer:
+    """A layer's weights at every candidate width, packed for the kernel, and the grids of its input.
+
+    Raises ValueError where integers cannot stand for it.
+    """
+
+    def __init__(self, layer: QuantizedLayer) -> None:
+        module, weight, activation = layer.module, layer.weight, layer.activation
+        if weight is None or activation is None or not (layer.linear or layer.conv2d):
+            raise ValueError("only quantized nn.Linear and nn.Conv2d")
+        if int(activation.quant_max.max()) > 255 or int(weight.quant_max.max()) > 127 or layer.source.is_cuda:
+            raise ValueError("only widths of at most 8 bits, on the CPU")
+        kernel = layer.source if layer.conv2d else layer.source[..., None, None]
+        outs, channels = kernel.shape[:2]
+        self.depthwise = layer.conv2d and module.groups > 1
+        if self.depthwise and not module.groups == module.in_channels == outs:
+            raise ValueError("no groups of several channels")
+        self.conv2d, self.channels = layer.conv2d, outs if self.depthwise else channels
+        geometry = (kernel.shape[2:], module.stride, module.padding, module.dilation) if layer.conv2d else ()
+        self.geometry = [int(x) for pair in geometry for x in pair] or [1, 1, 1, 1, 0, 0, 1, 1]
+
+        steps = weight.scale.double() / torch.where(weight.quant_max == 0, 2, 1)[:, None]  # 1 bit: -1 and 1 half steps
+        codes = torch.stack(
+            [
+                (torch.ops.smpq.fake_quantize(layer.source, *grid).double() / step.view(-1, *[1] * (layer.source.dim() - 1)))
+                .nan_to_num()
+                .round()
+                for grid, step in zip(_candidates(weight), steps, strict=True)
+            ]
+        ).view(len(steps), *kernel.shape)
+        self.packed = _pack_depthwise(codes) if self.depthwise else _pack(codes)
+        self.sums = nn.functional.pad(codes.flatten(2).sum(2), (0, -outs % LANES)).int()
+        self.scale = steps  # [candidates, channels]
+        self.bias = (
+            torch.zeros(outs, dtype=torch.float64) if module.bias is None else module.bias.detach().double()
+        )
+        bounds = (activation.quant_min, activation.quant_max)
+        self.grids = torch.stack([x.float() for x in (activation.scale, activation.zero_point, *bounds)], 1)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A layer with what follows it, in one call: normalization, a sum, a clamp, and the codes of the next layers."""
+
+    step: int  # of the layer
+    layer: IntegerLayer
+    source: int  # the step that it reads
+    norm: str | None
+    residual: int | None
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call takes for the coalitions that are loaded, whatever the samples."""
+
+    padding: Tensor  # [parents]
+    start: Tensor  # [rows, channels up to a multiple of 16]
+    parent: Tensor  # [rows]
+    variant: Tensor  # [rows]
+    scale: Tensor  # [rows, channels]
+    bias: Tensor  # [rows, channels]
+
+
+class Integer:
+    """What of a graph runs in integers: fused calls by their last step, and the readers of codes by what they read."""
+
+    def __init__(self, graph: Graph, layers: Sequence[QuantizedLayer], norms: Mapping[str, _BatchNorm]) -> None:
+        self.graph, self.norms = graph, norms
+        eligible = {}
+        for k, layer in enumerate(layers):
+            try:
+                eligible[k] = IntegerLayer(layer)
+            except ValueError:
+                continue
+        self._readers: dict[int, list[int]] = {k: [] for k in range(len(graph.steps))}
+        for i, step in enumerate(graph.steps):
+            for k in step.operands:
+                self._readers[k].append(i)
+        outputs = {x.step for x in graph.outputs if isinstance(x, Value)}
+        self.fused: dict[int, Fused] = {}
+        self.absorbed: set[int] = set()  # steps inside of fused calls
+        for i, step in enumerate(graph.steps):
+            if step.layer in eligible:
+                self._fuse(i, eligible[step.layer], outputs)
+        self.by_step = {f.step: f for f in self.fused.values()}
+        # Which layers read a value as codes: any of them where it is floating, those of its own layout where it is not.
+        self.consumers = {k: tuple(i for i in found if i in self.by_step) for k, found in self._readers.items()}
+        self.with_values = set()
+        for k, found in self._readers.items():
+            own = self.fused.get(k)
+            if own is not None:
+                alike = (i for i in self.consumers[k] if self.by_step[i].layer.conv2d == own.layer.conv2d)
+                self.consumers[k] = tuple(alike)
+            if k in outputs or any(i not in self.consumers[k] for i in found):
+                self.with_values.add(k)
+
+    def _fuse(self, i: int, layer: IntegerLayer, outputs: set[int]) -> None:
+        steps = self.graph.steps
+        last, norm, residual, low, high = i, None, None, -BOUNDED, BOUNDED
+        members = [i]
+        while last not in outputs and len(self._readers[last]) == 1:
+            follower = self._readers[last][0]
+            step = steps[follower]
+            clamp = _clamp(step)
+            if step.norm in self.norms and members == [i]:
+                norm = step.norm
+            elif step.target is aten.add.Tensor and not step.kwargs and residual is None and len(step.operands) == 2:
+                other = next(k for k in step.operands if k != last)
+                same = steps[follower].place == steps[i].place and other < i and steps[other].place is not None
+                if not same or self.graph.shapes[other] != self.graph.shapes[last]:
+                    break
+                residual = other
+            elif clamp is not None:
+                low, high = clamp
+                last = follower
+                members.append(follower)
+                break
+            else:
+                break
+            last = follower
+            members.append(follower)
+        self.fused[last] = Fused(i, layer, steps[i].operands[0], norm, residual, low, high)
+        self.absorbed.update(members[:-1])
+
+    def affine(self, fused: Fused) -> tuple[Tensor, Tensor]:
+        """What a normalization with kept statistics multiplies by and adds, float64 [channels]."""
+        if fused.norm is None:
+            return torch.ones_like(fused.layer.bias), torch.zeros_like(fused.layer.bias)
+        m = self.norms[fused.norm]
+        assert m.running_mean is not None and m.running_var is not None
+        factor = (m.running_var.double() + m.eps).rsqrt()
+        offset = -m.running_mean.double() * factor
+        if m.weight is not None:
+            factor, offset = factor * m.weight.detach().double(), offset * m.weight.detach().double()
+        return factor, offset if m.bias is None else offset + m.bias.detach().double()
+
+    def call(self, fused: Fused, parent: Tensor, activation: Tensor, weight: Tensor) -> Call:
+        """The tensors of a call: rows [n] of codes on the candidate grids `activation` [parents], times `weight` [n]."""
+        layer = fused.layer
+        grids = layer.grids[activation]
+        factor, offset = self.affine(fused)
+        scale = grids[parent, :1].double() * layer.scale[weight] * factor
+        bias = (layer.bias * factor + offset).expand_as(scale)
+        zero = grids[:, 1].int()
+        return Call(
+            padding=zero.to(torch.uint8),
+            start=-zero[parent, None] * layer.sums[weight],
+            parent=parent,
+            variant=weight,
+            scale=scale.float().contiguous(),
+            bias=bias.float().contiguous(),
+        )
+
+
+def _clamp(step: Step) -> tuple[float, float] | None:
+    """The bounds of a step that only clamps its operand."""
+    if step.kwargs:
+        return None
+    if step.target is aten.relu.default:
+        return 0.0, BOUNDED
+    if step.target in (aten.hardtanh.default, aten.clamp.default):
+        low, high = (*step.args[1:], *((-1.0, 1.0) if step.target is aten.hardtanh.default else (None, None)))[:2]
+        return (-BOUNDED if low is None else float(low)), (BOUNDED if high is None else float(high))
+    return (0.0, 6.0) if step.target is aten.relu6.default else None
+
+
+def _candidates(grids: Grids) -> list[tuple[Tensor, Tensor, Tensor, Tensor, int, int, int, None]]:
+    """The arguments of torch.ops.smpq.fake_quantize for every candidate of a weight's grids."""
+    return [
+        (scale, zero.to(scale.dtype), low.expand(scale.shape), high.expand(scale.shape), 0, 0, 0, None)
+        for scale, zero, low, high in zip(grids.scale, grids.zero_point, grids.quant_min, grids.quant_max, strict=True)
+    ]
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """[variants, out, in, kh, kw] as int8 [variants, blocks of 16 out, taps, in / 4, 16, 4], zeros where none is."""
+    variants, outs, channels = codes.shape[:3]
+    padded = nn.functional.pad(codes, (0, 0, 0, 0, 0, -channels % 4, 0, -outs % LANES)).to(torch.int8)
+    blocks = padded.view(variants, -1, LANES, padded.shape[2] // 4, 4, codes.shape[3] * codes.shape[4])
+    return blocks.permute(0, 1, 5, 3, 2, 4).contiguous()
+
+
+def _pack_depthwise(codes: Tensor) -> Tensor:
+    """[variants, channels, 1, kh, kw] as int8 [variants, blocks of 16 channels, taps, 16]."""
+    variants, channels = codes.shape[:2]
+    padded = nn.functional.pad(codes.flatten(2), (0, 0, 0, -channels % LANES)).to(torch.int8)
+    return padded.view(variants, -1, LANES, padded.shape[2]).transpose(2, 3).contiguous()
