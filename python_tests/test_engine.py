@@ -323,6 +323,8 @@ def test_the_model_is_untouched_after_an_exception() -> None:
             fails["count"] += 1
             if fails["count"] > fails["allowed"]:
                 raise RuntimeError("the model is tired")
+            if float(x.sum()) > 1e30:  # cannot be captured, so that every evaluation calls this forward
+                return x
             return self.net(x)
 
     fails = {"count": 0, "allowed": 10**9}

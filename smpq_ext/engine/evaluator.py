@@ -18,12 +18,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 import smpq_ext
 from smpq_ext.core import FLOAT_BITS, Assignments, Grid, Mixtures, Slot, SmpqError, Space, Values
 from smpq_ext.engine import losses, samples
+from smpq_ext.engine.capture import Uncapturable, capture
 from smpq_ext.engine.executor import MERGE, Executor, Meter, free_memory
 from smpq_ext.engine.grids import SAMPLE, Calibrate, Grids, Observed, activation_grids, weight_grids
+from smpq_ext.engine.integer import Integer
 from smpq_ext.engine.layers import Layer, check_weights, duplicate, find, quiet
+from smpq_ext.engine.lockstep import Lockstep
 from smpq_ext.engine.samples import Batch
 
 CACHE = 4 << 20  # bytes of the largest activation of one forward: beyond it a CPU waits for memory
+SHARED_CACHE = 16 << 20  # the same in lockstep
 
 
 def evaluator(
@@ -115,6 +119,8 @@ class TorchEvaluator:
                 self.notes += (
                     "the model mixes samples, or their dimension is not the first: coalitions run one at a time",
                 )
+            else:
+                self._capture(twin, layers, batches[0])
             if self.loss_fn is losses.kl:
                 reference = [losses.log_probabilities(self._executor.forward(b, 0, b.size)) for b in batches]
                 batches = tuple(Batch(b.inputs, r, b.size) for b, r in zip(batches, reference, strict=True))
@@ -133,17 +139,20 @@ class TorchEvaluator:
         rows = self._rows(mixtures)
         if not len(rows):
             return np.empty((0, len(self.groups)))
-        distinct, index = np.unique(rows, axis=0, return_inverse=True)  # sorted: equal weights are neighbours
+        distinct, index = np.unique(rows, axis=0, return_inverse=True)  # sorted: neighbours share what comes first
         index = index.reshape(-1)
         out = np.empty((len(distinct), len(self.groups)))
+        mixed = np.array([len(self._assignments(row[None])) == 0 for row in distinct])
         with quiet(self.device):
-            for first in range(0, len(distinct), self.rows_per_batch):
-                chunk = distinct[first : first + self.rows_per_batch]
-                with _Loaded(self, chunk):
-                    loss = self._losses()
-                    if not np.isfinite(loss).all():
-                        self._complain(loss, chunk, [int(np.argmax(index == first + r)) for r in range(len(chunk))])
-                    out[first : first + len(chunk)] = -self._per_group(loss)
+            for kind in (mixed, ~mixed):  # a row is computed in the same way whatever the others are
+                of_kind = np.flatnonzero(kind)
+                for first in range(0, len(of_kind), self.rows_per_batch):
+                    chunk = of_kind[first : first + self.rows_per_batch]
+                    with _Loaded(self, distinct[chunk]):
+                        loss = self._losses()
+                        if not np.isfinite(loss).all():
+                            self._complain(loss, distinct[chunk], [int(np.argmax(index == r)) for r in chunk])
+                        out[chunk] = -self._per_group(loss)
         return out[index]
 
     def statistics(self, assignment: Assignments) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
@@ -242,10 +251,13 @@ class TorchEvaluator:
         sample_bytes = -(-meter.peak // few)
         memory = free_memory(self.device) // 4 if self._memory is None else self._memory
         images = memory // max(1, sample_bytes)
+        lockstep = self._executor.lockstep is not None
         if self.device.type == "cpu":
-            images = min(images, CACHE // max(1, meter.largest // few))
+            images = min(images, (SHARED_CACHE if lockstep else CACHE) // max(1, meter.largest // few))
         largest = max(b.size for b in self._run_batches)
-        self._samples = largest if self.renormalize or not self._folds else max(MERGE, min(images, largest))
+        # In lockstep rows are worth more than samples: they share what comes before they part.
+        most = min(MERGE, largest) if lockstep else largest
+        self._samples = largest if self.renormalize or not self._folds else max(MERGE, min(images, most))
         weights = sum(layer.source.nbytes for layer in self._executor.layers if layer.weight)
         self._row_bytes = self._samples * sample_bytes + largest * -(-result // few) + weights
         rows = min(images // self._samples, memory // self._row_bytes)
@@ -292,7 +304,7 @@ class TorchEvaluator:
         row, k = np.argwhere(~np.isfinite(loss))[0]
         batch = self._run_batches[self._parts[k].batch]
         if chunk is not None:
-            self._executor.load(self._by_slot(chunk[row : row + 1]))
+            self._executor.load(self._by_slot(chunk[row : row + 1]), None)
         where = self._executor.first_non_finite(batch, 0, batch.size)
         what = "of the float model" if chunk is None else f"of row {index[row]}"
         why = "every activation is finite, the loss itself is not"
@@ -319,6 +331,11 @@ class TorchEvaluator:
             raise ValueError("mixtures: weights must be finite, and 0 where a slot has no such candidate")
         return given.astype(np.float32) + np.float32(0)  # -0 becomes 0: equal rows are the same bytes
 
+    def _assignments(self, rows: NDArray[np.float32]) -> NDArray[np.int64]:
+        """The indices [n, slots] of mixtures that are all one-hot; else none, [0, slots]."""
+        one_hot = ((rows != 0).sum(axis=2) == 1).all() and (rows.max(axis=2) == 1).all()
+        return rows.argmax(axis=2) if one_hot else np.empty((0, rows.shape[1]), np.int64)
+
     def _by_slot(self, rows: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         """The mixtures [n, candidates] of every quantized slot."""
         found = {name: np.ones((len(rows), 1), np.float32) for name in self.slot_grids}
@@ -327,6 +344,28 @@ class TorchEvaluator:
         return found
 
     # What holds for this model, tried once.
+
+    def _capture(self, twin: nn.Module, layers: list[Layer], batch: Batch) -> None:
+        """Run the rows in lockstep where torch.export can capture the model, and the values are the same."""
+        executor = self._executor
+        try:
+            graph = capture(twin, layers, self.slot_grids, batch)
+        except Uncapturable as why:
+            self.notes += (f"torch.export cannot capture the model, coalitions are folded into the batch: {why}",)
+            return
+        kept = {name: m for name, m in twin.named_modules() if isinstance(m, _BatchNorm) and name not in executor.norms}
+        lockstep = Lockstep(graph, executor.layers, executor.norms, Integer(graph, executor.layers, kept))
+        rng = np.random.default_rng(0)
+        rows = rng.integers(0, self.space.highest() + 1, (3, len(self.slots)))
+        few = min(batch.size, MERGE)
+        with _Loaded(self, self.space.one_hot(rows)):
+            swapped = executor.forward(batch, 0, few)
+            executor.lockstep = lockstep
+            executor.lockstep.load(executor.choices)
+            executor.renormalize = self.renormalize
+            if not _close(executor.forward(batch, 0, few), swapped):
+                executor.lockstep = None
+                self.notes += ("its captured graph gives other values, coalitions are folded into the batch",)
 
     def _channels_last_works(self, batch: Batch) -> bool:
         """Whether the float model runs, and agrees, with channels last: several times faster for few channels."""
@@ -381,9 +420,13 @@ class _Loaded:
 
     def __init__(self, owner: TorchEvaluator, rows: NDArray[np.float32]) -> None:
         self.executor, self.mixtures, self.renormalize = owner._executor, owner._by_slot(rows), owner.renormalize
+        found = owner._assignments(rows)
+        self.assigned = {name: np.zeros(len(found), np.int64) for name in owner.slot_grids} if len(found) else None
+        if self.assigned is not None:
+            self.assigned.update(zip(owner.slots, found.T, strict=True))
 
     def __enter__(self) -> None:
-        self.executor.load(self.mixtures)
+        self.executor.load(self.mixtures, self.assigned)
         self.executor.renormalize = self.renormalize
 
     def __exit__(self, *_: object) -> None:

@@ -42,18 +42,25 @@ class Executor:
         self.statistics: dict[str, tuple[Tensor, Tensor]] | None = None  # filled by the norms while it is a dict
         self.channels_last = False
         self.lockstep: Lockstep | None = None  # runs the rows where the model could be captured
+        self.choices: dict[str, NDArray[np.int64]] = {}  # [n], of every quantized slot: equal where mixtures are
         self.layers = [QuantizedLayer(self, layer, grids) for layer in layers]
         self.norms = {name: RowNorm(self, name, model.get_submodule(name)) for name in norms}
 
-    def load(self, mixtures: Mapping[str, NDArray[np.float32]]) -> None:
-        """Prepare the rows: mixtures [n, candidates] of every quantized slot. All weights are quantized in one call."""
+    def load(
+        self, mixtures: Mapping[str, NDArray[np.float32]], assigned: Mapping[str, NDArray[np.int64]] | None
+    ) -> None:
+        """Prepare the rows: mixtures [n, candidates] of every quantized slot. All weights are quantized in one call.
+
+        assigned: where all mixtures are one-hot, the candidate's index [n] in every quantized slot.
+        """
         self.rows = len(next(iter(mixtures.values())))
         self.parent = torch.arange(self.rows, device=self.layers[0].source.device)
         distinct: dict[str, tuple[NDArray[np.float32], NDArray[np.int64]]] = {}
         for name, rows in mixtures.items():
             different, index = np.unique(rows, axis=0, return_inverse=True)
             distinct[name] = different, index.reshape(-1)
-        weighted = [(layer, layer.weight) for layer in self.layers if layer.weight is not None]
+        integer = self.lockstep.integers if self.lockstep is not None and assigned is not None else ()
+        weighted = [(x, x.weight) for k, x in enumerate(self.layers) if x.weight is not None and k not in integer]
         grids = [g for _, g in weighted]
         floating = any(g.zero_point.is_floating_point() for g in grids)
         quantized = ops.coalition_fake_quantize_list(
@@ -71,8 +78,9 @@ class Executor:
         for layer in self.layers:
             if layer.activation is not None:
                 layer.mixtures = torch.from_numpy(mixtures[f"{layer.name}.activation"]).to(self.parent.device)
+        self.choices = {name: index for name, (_, index) in distinct.items()}
         if self.lockstep is not None:
-            self.lockstep.load({name: index for name, (_, index) in distinct.items()})
+            self.lockstep.load(self.choices, assigned)
 
     def unload(self) -> None:
         """Back to the float model, without the variants."""
@@ -85,7 +93,7 @@ class Executor:
     def forward(self, batch: Batch, start: int, stop: int, model: nn.Module | None = None) -> Any:
         """The outputs for samples [start, stop) of the batch, [rows * samples, ...]; one row where nothing is loaded.
 
-        `model`: another model to run in place of the copy.
+        `model`: another model to run in place of the copy, or the copy itself, which then swaps modules.
         """
         lockstep = self.lockstep if self.rows and model is None else None
         inputs = batch.rows(1 if lockstep else max(self.rows, 1), start, stop)
@@ -109,7 +117,7 @@ class Executor:
 
         handles = [m.register_forward_hook(look(name)) for name, m in self.model.named_modules()]
         try:
-            self.forward(batch, start, stop)
+            self.forward(batch, start, stop, self.model)
         finally:
             for handle in handles:
                 handle.remove()

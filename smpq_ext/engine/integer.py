@@ -30,8 +30,10 @@ class IntegerLayer:
         module, weight, activation = layer.module, layer.weight, layer.activation
         if weight is None or activation is None or not (layer.linear or layer.conv2d):
             raise ValueError("only quantized nn.Linear and nn.Conv2d")
-        if int(activation.quant_max.max()) > 255 or int(weight.quant_max.max()) > 127 or layer.source.is_cuda:
-            raise ValueError("only widths of at most 8 bits, on the CPU")
+        if layer.source.dtype != torch.float32 or layer.source.is_cuda:
+            raise ValueError("only float32 models on the CPU")
+        if int(activation.quant_max.max()) > 255 or int(weight.quant_max.max()) > 127:
+            raise ValueError("only widths of at most 8 bits")
         kernel = layer.source if layer.conv2d else layer.source[..., None, None]
         outs, channels = kernel.shape[:2]
         self.depthwise = layer.conv2d and module.groups > 1
@@ -90,10 +92,10 @@ class Integer:
 
     def __init__(self, graph: Graph, layers: Sequence[QuantizedLayer], norms: Mapping[str, _BatchNorm]) -> None:
         self.graph, self.norms = graph, norms
-        eligible = {}
+        self.layers: dict[int, IntegerLayer] = {}
         for k, layer in enumerate(layers):
             try:
-                eligible[k] = IntegerLayer(layer)
+                self.layers[k] = IntegerLayer(layer)
             except ValueError:
                 continue
         self._readers: dict[int, list[int]] = {k: [] for k in range(len(graph.steps))}
@@ -104,8 +106,8 @@ class Integer:
         self.fused: dict[int, Fused] = {}
         self.absorbed: set[int] = set()  # steps inside of fused calls
         for i, step in enumerate(graph.steps):
-            if step.layer in eligible:
-                self._fuse(i, eligible[step.layer], outputs)
+            if step.layer in self.layers:
+                self._fuse(i, self.layers[step.layer], outputs)
         self.by_step = {f.step: f for f in self.fused.values()}
         # Which layers read a value as codes: any of them where it is floating, those of its own layout where it is not.
         self.consumers = {k: tuple(i for i in found if i in self.by_step) for k, found in self._readers.items()}

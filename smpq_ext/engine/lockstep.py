@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,15 +51,23 @@ class Lockstep:
         self._calls: dict[int, Call] = {}  # of the fused steps, by the last one; empty for mixtures
         self._children: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
-    def load(self, choices: Mapping[str, NDArray[np.integer]], integer: bool = False) -> None:
+    @property
+    def integers(self) -> Container[int]:
+        """The layers that run in integers where rows are assignments."""
+        return () if self.integer is None else self.integer.layers
+
+    def load(
+        self, choices: Mapping[str, NDArray[np.int64]], assigned: Mapping[str, NDArray[np.int64]] | None = None
+    ) -> None:
         """Plan the coalitions: the number of each one's choice, [n], in every quantized slot.
 
-        With `integer` the choices are indices of candidates.
+        assigned: the same as indices of candidates, where the rows are assignments.
         """
         self.unload()
-        table = np.stack([choices[name] for name in self.graph.columns], axis=1).astype(np.int32)
+        given = choices if assigned is None else assigned
+        table = np.stack([given[name] for name in self.graph.columns], axis=1).astype(np.int32)
         self.rows = [_Rows(*found) for found in _C.plan(self.graph.places, table)]
-        if not integer or self.integer is None:
+        if assigned is None or self.integer is None:
             return
         picked = [
             torch.from_numpy(table[rows.coalition, columns[0]].astype(np.int64)) if columns else None
@@ -92,7 +100,7 @@ class Lockstep:
                 continue
             count = len(self.rows[step.place].coalition)
             if k in self._calls:
-                values[k] = self._integer(k, values, codes, samples)
+                values[k] = self._integer(k, values, codes)
             elif step.layer is not None:
                 values[k] = self._layer(step.layer, values[step.operands[0]], step.operands[0], step.place)
             else:
@@ -107,7 +115,7 @@ class Lockstep:
         everyone = [self._everyone(values[x.step], x.step) if isinstance(x, Value) else x for x in graph.outputs]
         return tree_unflatten(everyone, graph.output_spec)
 
-    def _integer(self, last: int, values: dict[int, Any], codes: dict[int, Tensor], samples: int) -> Tensor | None:
+    def _integer(self, last: int, values: dict[int, Any], codes: dict[int, Tensor]) -> Tensor | None:
         """A fused call: its codes are put where the next layers find them; returns the floating value if it is read."""
         assert self.integer is not None
         fused, call = self.integer.fused[last], self._calls[last]
@@ -129,8 +137,7 @@ class Lockstep:
             return None
         if fused.layer.conv2d:
             return out[0].flatten(0, 1).permute(0, 3, 1, 2)
-        middle = values[fused.source].shape[1:-1] if fused.source in values else self.graph.shapes[last][1:-1]
-        return out[0].view(self._count(last) * samples, *middle, out[0].shape[-1])
+        return out[0].view(-1, *self.graph.shapes[last][1:])
 
     def _quantize(self, source: int, value: Tensor, codes: dict[int, Tensor]) -> None:
         """The codes of a floating value for all layers that read it."""
