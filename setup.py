@@ -15,7 +15,10 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         build = source / "build" / f"cmake-{sys.implementation.cache_tag}"
         cmake = ["cmake", "-S", source, "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
-        cmake += [f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}", f"-DSMPQ_CUDA={os.environ.get('SMPQ_CUDA', 'auto')}"]
+        cmake += [
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+            f"-DSMPQ_CUDA={os.environ.get('SMPQ_CUDA', 'auto').lower()}",
+        ]
         subprocess.run(cmake, check=True)
         subprocess.run(["cmake", "--build", build], check=True)
 

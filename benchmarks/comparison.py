@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import smpq_ext
-from benchmarks.environment import save_table
+from benchmarks.environment import facts, save_table
 from smpq_ext.core import Infeasible, Result
 
 METHODS = (
@@ -69,7 +69,8 @@ def run(
             cell = cells.run(task.name, model, task.batches, judge, method, **task.settings)
             if cell is not None:
                 groups.setdefault(task.group, {}).setdefault(method, []).append(cell)
-    note = f"{note}\nFloat model: {judge(model).mean():.4f}."
+    commits = sorted({str(c.get("commit")) for found in groups.values() for cells in found.values() for c in cells})
+    note = f"{note}\nFloat model: {judge(model).mean():.4f}. Searched at the commits {', '.join(commits)}."
     save_table(name, rows_of(groups, seeds=given.seeds, **table), note)
 
 
@@ -107,6 +108,7 @@ class Cells:
             "cost": dict(result.cost),
             "finding": result.finding,
             "bits": result.plan.bits,
+            "commit": facts()["commit"],
         }
         path.write_text(json.dumps(cell))
         print(

@@ -55,11 +55,9 @@ std::vector<Tensor> coalition_convolution(const Tensor& codes, const Tensor& pad
   check_indices(op, variant, "variant", weight.size(0));
   a.out_height = out_size(a.height, a.kernel[0], a.stride[0], a.pad[0], a.dilation[0]);
   a.out_width = out_size(a.width, a.kernel[1], a.stride[1], a.pad[1], a.dilation[1]);
-  SMPQ_CHECK(a.out_height > 0 && a.out_width > 0, op, ": the kernel is larger than the padded codes ",
-             shape_of(codes));
-  const EpilogueTensors made =
-      make_epilogue(op, codes, a.rows, {a.samples, a.out_height, a.out_width}, channels, scale, bias, residual,
-                    residual_row, low, high, values, child_row, child_grid);
+  SMPQ_CHECK(a.out_height > 0 && a.out_width > 0, op, ": the kernel is larger than the padded codes ", shape_of(codes));
+  const EpilogueTensors made = make_epilogue(op, codes, a.rows, {a.samples, a.out_height, a.out_width}, channels, scale,
+                                             bias, residual, residual_row, low, high, values, child_row, child_grid);
   a.epilogue = made.epilogue;
   a.codes = data<uint8_t>(codes);
   a.weight = data<int8_t>(weight);
@@ -67,9 +65,8 @@ std::vector<Tensor> coalition_convolution(const Tensor& codes, const Tensor& pad
   a.start = data<int32_t>(start);
   a.parent = data<int64_t>(parent);
   a.variant = data<int64_t>(variant);
-  torch::stable::parallel_for(0, a.rows * a.samples, 1, [&](int64_t first, int64_t last) {
-    SMPQ_ON_CPU(coalition_convolution, a, first, last);
-  });
+  torch::stable::parallel_for(0, a.rows * a.samples, 1,
+                              [&](int64_t first, int64_t last) { SMPQ_ON_CPU(coalition_convolution, a, first, last); });
   return made.out;
 }
 
@@ -78,12 +75,10 @@ std::vector<Tensor> coalition_convolution(const Tensor& codes, const Tensor& pad
 STABLE_TORCH_LIBRARY_FRAGMENT(SMPQ_LIBRARY, m) {
   m.def(
       "coalition_convolution(Tensor codes, Tensor padding, Tensor weight, Tensor start, Tensor parent, Tensor variant, "
-      "Tensor scale, Tensor bias, Tensor? residual, Tensor? residual_row, float low, float high, int[] geometry, "
+      "Tensor scale, Tensor bias, Tensor? residual, Tensor? residual_row, float low, float high, SymInt[] geometry, "
       "bool depthwise, bool values, Tensor[] child_row, Tensor[] child_grid) -> Tensor[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(SMPQ_LIBRARY, CPU, m) {
-  m.impl("coalition_convolution", TORCH_BOX(&coalition_convolution));
-}
+STABLE_TORCH_LIBRARY_IMPL(SMPQ_LIBRARY, CPU, m) { m.impl("coalition_convolution", TORCH_BOX(&coalition_convolution)); }
 
 }  // namespace smpq

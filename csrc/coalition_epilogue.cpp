@@ -13,13 +13,11 @@ std::vector<Tensor> coalition_epilogue(const Tensor& x, const Tensor& parent, co
   const int64_t rows = parent.numel();
   check_tensor(op, parent, "parent", ScalarType::Long, {rows});
   check_indices(op, parent, "parent", x.size(0));
-  const EpilogueTensors made =
-      make_epilogue(op, x, rows, {x.size(1), x.size(2), x.size(3)}, x.size(4), scale, bias, residual, residual_row, low,
-                    high, values, child_row, child_grid);
+  const EpilogueTensors made = make_epilogue(op, x, rows, {x.size(1), x.size(2), x.size(3)}, x.size(4), scale, bias,
+                                             residual, residual_row, low, high, values, child_row, child_grid);
   const EpilogueArgs args{data<float>(x), data<int64_t>(parent), rows, made.epilogue};
-  torch::stable::parallel_for(
-      0, rows * cpu::epilogue_units(args.epilogue), 4,
-      [&](int64_t first, int64_t last) { SMPQ_ON_CPU(coalition_epilogue, args, first, last); });
+  torch::stable::parallel_for(0, rows * cpu::epilogue_units(args.epilogue), 4,
+                              [&](int64_t first, int64_t last) { SMPQ_ON_CPU(coalition_epilogue, args, first, last); });
   return made.out;
 }
 

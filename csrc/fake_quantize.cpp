@@ -29,8 +29,10 @@ Call check(const char* op, const Tensor& x, const Tensor& scale, const OptionalT
     SMPQ_CHECK(!axis || wrap_axis(*axis, x.dim(), op) == last, op, ": groups run along the last dimension of x");
     SMPQ_CHECK(*group_size > 0 && x.size(last) % *group_size == 0, op, ": group_size ", *group_size,
                " does not divide the ", x.size(last), " elements of that dimension; choose a divisor, or pad x");
-    SMPQ_CHECK(scale.numel() == x.numel() / *group_size, op, ": scale has ", scale.numel(), " entries for ",
-               x.numel() / *group_size, " groups of x ", shape_of(x));
+    bool fits = scale.dim() == x.dim() && scale.size(last) == x.size(last) / *group_size;
+    for (int64_t d = 0; fits && d < last; ++d) fits = scale.size(d) == x.size(d);
+    SMPQ_CHECK(fits, op, ": scale ", shape_of(scale), " must be x ", shape_of(x), " with ",
+               x.size(last) / *group_size, " groups in place of its last dimension");
     call.x = torch::stable::contiguous(x);
     call.shape = {1, x.numel() / *group_size, *group_size};
   } else {

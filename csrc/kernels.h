@@ -77,7 +77,8 @@ struct Child {
   float inv_scale, low, high, zero_point;
 };
 
-// What becomes of the products of a layer, pixel by pixel, [channels] being the fastest dimension: value = clamp(product
+// What becomes of the products of a layer, pixel by pixel, [channels] being the fastest dimension: value =
+// clamp(product
 // * scale + bias + residual, low, high), and its codes on the grid of every child. Codes have their own number of
 // channels, a multiple of four; those beyond `channels` are 0.
 struct Epilogue {
@@ -102,13 +103,13 @@ struct EpilogueArgs {
 
 // Integer products of codes, exact: row r multiplies the codes of parent[r] by weight variant[r], and adds start[r].
 struct ConvolutionArgs {
-  const uint8_t* codes;     // [parents, samples, height, width, channels], channels a multiple of 4
-  const int8_t* weight;     // [variants, outs, taps, channels / 4, 16, 4], outs counting blocks of 16 output channels;
-                            // depthwise: [variants, outs, taps, 16]
-  const uint8_t* padding;   // [parents]: the code of 0
-  const int32_t* start;     // [rows, outs * 16]: minus the zero point's share of the products
-  const int64_t* parent;    // [rows]
-  const int64_t* variant;   // [rows]
+  const uint8_t* codes;    // [parents, samples, height, width, channels], channels a multiple of 4
+  const int8_t* weight;    // [variants, outs, taps, channels / 4, 16, 4], outs counting blocks of 16 output channels;
+                           // depthwise: [variants, outs, taps, 16]
+  const uint8_t* padding;  // [parents]: the code of 0
+  const int32_t* start;    // [rows, outs * 16]: minus the zero point's share of the products
+  const int64_t* parent;   // [rows]
+  const int64_t* variant;  // [rows]
   int64_t rows, samples, height, width, channels, outs, out_height, out_width;
   int64_t kernel[2], stride[2], pad[2], dilation[2];
   bool depthwise;

@@ -1,4 +1,5 @@
-// Which values of a network differ, and from which they descend, when n coalitions run in lockstep. No torch, no Python.
+// Which values of a network differ, and from which they descend, when n coalitions run in lockstep. No torch, no
+// Python.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +15,9 @@ struct Place {
 
 // The distinct rows of a place, sorted by the choice in its last column, or by the row of its last input.
 struct PlacePlan {
-  std::vector<int64_t> row;        // [n]: the row of each coalition
-  std::vector<int64_t> coalition;  // [rows]: the first coalition that needs the row; so an input's row is row[coalition]
+  std::vector<int64_t> row;  // [n]: the row of each coalition
+  std::vector<int64_t>
+      coalition;  // [rows]: the first coalition that needs the row; so an input's row is row[coalition]
 };
 
 // `choices` [n, columns], equal numbers in a column meaning equal choices. Throws std::runtime_error for an index that

@@ -28,6 +28,11 @@ def _two_threads() -> None:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)  # hypothesis knows nothing of torch's numbers: its tests draw a seed for theirs
+
+
 @pytest.fixture(scope="session")
 def device() -> Iterator[str]:
     """The device of the tensors; with `emulated` they are on the CPU and the ops are those of the emulator."""

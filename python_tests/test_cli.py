@@ -6,7 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,11 @@ from smpq_ext.core import Result
 ROOT = Path(__file__).parent.parent
 
 NETS = """
+import os
+import signal
+import sqlite3
 import time
+from contextlib import closing
 import numpy as np
 import torch
 from torch import nn
@@ -35,16 +39,22 @@ def net(last=3):
 ready = net()
 words = "words"
 
-class Slow(nn.Module):
+class Held(nn.Module):
     def __init__(self):
         super().__init__()
         self.inner = net()
     def forward(self, x):
-        time.sleep(0.05)
+        if "HOLD_AT" in os.environ:
+            with closing(sqlite3.connect(os.environ["HOLD_IN"])) as store:
+                (known,) = store.execute("SELECT count(*) FROM evaluations").fetchone()
+            if known >= int(os.environ["HOLD_AT"]):
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+                print("held", flush=True)
+                time.sleep(600)
         return self.inner(x - x.mean(0))  # mixes the samples, so that evaluations run one by one
 
-def slow():
-    return Slow()
+def held():
+    return Held()
 
 def number():
     return 3
@@ -195,8 +205,9 @@ BAD = {
     "budget: 'activation-bits=3' limits nothing": search(budget="activation-bits=3", activation_bits="none"),
     "weight-bits": search(budget="weight-bits=1"),  # cannot be reached
     "method: 'magic' is not known": search(method="magic"),
-    "evaluations: a positive number": search(evaluations=0),
+    "evaluations: a positive integer, not 0": search(evaluations=0),
     "evaluations: 3 are too few": search(evaluations=3),
+    "Invalid value for '--seed'": search(seed=9999999999999999999999),
     "fixed: layer=width": search(fixed="0"),
     "fixed: 'absent' is no slot": search(fixed="absent=8"),
     "fixed: 0: a width from 1 to 16": search(fixed="0=99"),
@@ -308,52 +319,42 @@ def test_image_folders_give_the_middle_square_and_the_class_of_the_folder(room):
 
 
 def rows(store):
-    """How many evaluations a store holds; 0 where it is not there yet."""
-    try:
-        with sqlite3.connect(f"file:{store}?mode=ro", uri=True) as database:
-            return database.execute("SELECT count(*) FROM evaluations").fetchone()[0]
-    except sqlite3.OperationalError:
-        return 0
-    finally:
-        if "database" in locals():
-            database.close()
+    """How many evaluations a store holds."""
+    with closing(sqlite3.connect(store)) as database:
+        return database.execute("SELECT count(*) FROM evaluations").fetchone()[0]
 
 
-def start(room, *arguments):
+def start(room, *arguments, **environment):
     command = [sys.executable, "-m", "smpq_ext.cli", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen(
         command, cwd=room, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-@pytest.mark.slow
 def test_a_search_that_is_cut_off_goes_on(room, smpq):
-    whole = search("cli_nets.py:slow", bits="2,3,4,5,6,8", out="uncut")
+    whole = search("cli_nets.py:held", bits="2,3,4,5,6,8", out="uncut")
     assert smpq(*whole)[0] == 0
-    cut = search("cli_nets.py:slow", bits="2,3,4,5,6,8", out="cut")
-    store = room / "cut" / "evaluations.sqlite"
-    known = 0
-    for how, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
-        process = start(room, *cut)
-        deadline = time.monotonic() + 60
-        while rows(store) < known + 2 and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        process.send_signal(how)
-        _, errors = process.communicate(timeout=60)
+    cut = search("cli_nets.py:held", bits="2,3,4,5,6,8", out="cut")
+    store, total = room / "cut" / "evaluations.sqlite", rows(room / "uncut" / "evaluations.sqlite")
+    for how, code, known in ((signal.SIGINT, 130, total // 4), (signal.SIGKILL, -9, total // 2)):
+        with start(room, *cut, HOLD_IN="cut/evaluations.sqlite", HOLD_AT=str(known)) as process:
+            try:
+                assert "held\n" in iter(process.stdout.readline, ""), process.stderr.read()
+                process.send_signal(how)
+                _, errors = process.communicate(timeout=300)
+            finally:
+                process.kill()
         assert process.returncode == code, errors
         assert "Traceback" not in errors
         if how is signal.SIGINT:
-            assert errors.count("\n") == 1
-            assert (
-                f"interrupted, {rows(store)} evaluations are saved; to go on: python -m smpq_ext.cli search" in errors
-            )
-        assert known < rows(store) < rows(room / "uncut" / "evaluations.sqlite")
-        known = rows(store)
+            said = f"smpq: interrupted, {known} evaluations are saved; to go on: python -m smpq_ext.cli search"
+            assert errors.splitlines()[-1].startswith(said)
+        assert rows(store) == known
     code, said, _ = smpq(*cut)
     assert code == 0 and f"{known} evaluations are known already" in said
     assert Result.load(room / "cut").plan.to_json() == Result.load(room / "uncut").plan.to_json()
-    assert rows(store) == rows(room / "uncut" / "evaluations.sqlite")
+    assert rows(store) == total
 
 
 def test_report_list_and_help_do_not_load_torch(tmp_path):
@@ -369,6 +370,15 @@ assert "torch" not in sys.modules
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["budget", "cost", "seconds"])
+def test_a_result_of_another_shape_is_one_line_too(name, smpq, tmp_path):
+    a_result().save(tmp_path)
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: [1.0, 2.0]}))
+    code, _, errors = smpq("report", tmp_path)
+    assert code == 2 and errors.count("\n") == 1 and name in errors
 
 
 def test_list_shows_everything_that_the_registry_knows(smpq):

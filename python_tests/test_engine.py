@@ -584,7 +584,7 @@ def test_non_finite_numbers_name_their_layer() -> None:
     net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), Fragile(), nn.Linear(6, CLASSES))
     ev = make(net, build("Shared", 0)[1])
     ev._executor.model[3].limit = 1e9
-    with pytest.raises(SmpqError, match=r"row 1 is nan.*leaves 3"):
+    with pytest.raises(SmpqError, match=r"row 1, 2\.weight at 3 bits.* is nan.*leaves 3.*fixed="):
         ev._complain(np.array([[0.0], [np.nan]]), ev.space.one_hot(random_assignments(ev, 2)), [0, 1])
 
 

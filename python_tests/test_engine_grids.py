@@ -112,7 +112,7 @@ def test_observations_are_few_and_the_range_is_true() -> None:
 
 def test_axes_of_transposed_convolutions() -> None:
     assert channel_axis(nn.ConvTranspose2d(4, 6, 3)) == 1
-    assert channel_axis(nn.ConvTranspose2d(4, 6, 3, groups=2)) == 1
+    assert channel_axis(nn.ConvTranspose2d(4, 6, 3, groups=2)) is None
     assert channel_axis(nn.ConvTranspose2d(4, 4, 3, groups=4)) == 0
     assert channel_axis(nn.Conv2d(4, 4, 3, groups=4)) == 0
 

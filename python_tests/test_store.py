@@ -4,7 +4,9 @@ import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -33,11 +35,18 @@ class TestSqlite(StoreContract):
 
     def test_another_process_opens_what_one_wrote(self, store):
         store.append("one", {b"k": np.array([1.0])})
-        again = SqliteStore(store.path)
-        assert again.read("one")[b"k"][0] == 1
-        again.append("one", {b"l": np.array([2.0])})
+        with closing(SqliteStore(store.path)) as again:
+            assert again.read("one")[b"k"][0] == 1
+            again.append("one", {b"l": np.array([2.0])})
         assert store.read("one").keys() == {b"k", b"l"}
-        again.close()
+
+    def test_opening_waits_for_no_writer(self, store):
+        with closing(sqlite3.connect(store.path, isolation_level=None)) as writer:
+            # not WAL: the switch to it fails where another process has the file open, instead of waiting
+            assert writer.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+            writer.execute("BEGIN IMMEDIATE")
+            with closing(SqliteStore(store.path)) as again:
+                assert again.read("one") == {}
 
     def test_a_batch_is_kept_whole_or_not_at_all(self, store):
         with pytest.raises(TypeError):
@@ -49,12 +58,14 @@ class TestSqlite(StoreContract):
 
 APPENDER = """
 import sys
+import time
 import numpy as np
 from smpq_ext.store import SqliteStore
 store = SqliteStore(sys.argv[1])
 for i in range(10**9):
     store.append("study", {f"{sys.argv[2]}{i}-{j}".encode(): np.array([i + j / 8, -i]) for j in range(3)})
     print(i, flush=True)
+    time.sleep(0.005)  # SQLite's lock is not fair: without a pause, and where fsync is slow, the others never get it
 """
 
 
@@ -76,8 +87,8 @@ def test_what_was_reported_survives_a_kill_also_of_several_writers(tmp_path):
         reported[name] = max([reported[name], *map(int, process.stdout.read().split("\n")[:-1])])
         process.wait()
         process.stdout.close()
-    store = SqliteStore(path)
-    found = store.read("study")
+    with closing(SqliteStore(path)) as store:
+        found = store.read("study")
     for name, last in reported.items():
         assert last >= 9
         for i in range(last + 1):
@@ -88,25 +99,24 @@ def test_what_was_reported_survives_a_kill_also_of_several_writers(tmp_path):
             dict.fromkeys(range(3), True),
             dict.fromkeys(range(3), False),
         )
-    store.close()
 
 
 def test_many_may_create_and_open_it_at_once(tmp_path):
-    def use(path, name):
-        store = SqliteStore(path)
-        store.append("study", {name: np.array([1.0])})
-        found = store.read("study")
-        store.close()
-        return name in found
-
     names = [bytes([i]) for i in range(16)]
-    for attempt in range(20):
+    together = Barrier(len(names))
+
+    def use(path, name):
+        together.wait()
+        with closing(SqliteStore(path)) as store:
+            store.append("study", {name: np.array([1.0])})
+            return name in store.read("study")
+
+    for attempt in range(5):
         path = tmp_path / f"{attempt}.db"
         with ThreadPoolExecutor(len(names)) as pool:
             assert all(pool.map(use, [path] * len(names), names))
-        store = SqliteStore(path)
-        assert store.read("study").keys() == set(names)
-        store.close()
+        with closing(SqliteStore(path)) as store:
+            assert store.read("study").keys() == set(names)
 
 
 class TestUnusableFiles:
@@ -120,17 +130,15 @@ class TestUnusableFiles:
     def test_another_schema(self, tmp_path):
         path = tmp_path / "store.db"
         SqliteStore(path).close()
-        with sqlite3.connect(path) as database:
+        with closing(sqlite3.connect(path)) as database:
             database.execute("PRAGMA user_version = 7")
-        database.close()
         with pytest.raises(SmpqError, match="version 7"):
             SqliteStore(path)
 
     def test_a_database_of_someone_else(self, tmp_path):
         path = tmp_path / "photos.db"
-        with sqlite3.connect(path) as database:
+        with closing(sqlite3.connect(path)) as database:
             database.execute("CREATE TABLE photos (name)")
-        database.close()
         before = path.read_bytes()
         with pytest.raises(SmpqError, match="version 0"):
             SqliteStore(path)
@@ -138,14 +146,13 @@ class TestUnusableFiles:
 
     def test_a_damaged_file(self, tmp_path):
         path = tmp_path / "store.db"
-        store = SqliteStore(path)
-        store.append("one", {str(i).encode(): np.arange(64.0) for i in range(500)})
-        store.close()
+        with closing(SqliteStore(path)) as store:
+            store.append("one", {str(i).encode(): np.arange(64.0) for i in range(500)})
         data = bytearray(path.read_bytes())
         data[8192:-100] = os.urandom(len(data) - 8292)
         path.write_bytes(data)
-        with pytest.raises(SmpqError, match="damaged"):
-            SqliteStore(path).read("one")
+        with closing(SqliteStore(path)) as store, pytest.raises(SmpqError, match="damaged"):
+            store.read("one")
 
     @pytest.mark.parametrize("path", ["missing/store.db", "."])
     def test_a_path_that_cannot_be_written(self, tmp_path, path):
@@ -183,14 +190,14 @@ class TestRecorded:
     def test_replay_computes_nothing_and_gives_the_same_bits(self, tmp_path):
         rows = np.array([[0, 0, 0], [2, 1, 2], [1, 0, 1]], np.int8)
         mixtures = np.random.default_rng(0).random((4, 3, 3)).astype(np.float32)
-        first = SqliteStore(tmp_path / "s.db")
-        _, memory = recorded(first)
-        values = memory(rows), memory(mixtures)
-        first.close()
-        evaluator, again = recorded(SqliteStore(tmp_path / "s.db"))
-        # in another order and one by one: a value does not depend on the company it was asked in
-        assert np.concatenate([again(row[None]) for row in rows[::-1]])[::-1].tobytes() == values[0].tobytes()
-        assert again(mixtures).tobytes() == values[1].tobytes()
+        with closing(SqliteStore(tmp_path / "s.db")) as store:
+            _, memory = recorded(store)
+            values = memory(rows), memory(mixtures)
+        with closing(SqliteStore(tmp_path / "s.db")) as store:
+            evaluator, again = recorded(store)
+            # in another order and one by one: a value does not depend on the company it was asked in
+            assert np.concatenate([again(row[None]) for row in rows[::-1]])[::-1].tobytes() == values[0].tobytes()
+            assert again(mixtures).tobytes() == values[1].tobytes()
         assert evaluator.requests == [] and again.computed == 0
 
     def test_each_batch_is_stored_before_the_next_is_asked(self):

@@ -62,7 +62,7 @@ def search(
     evaluations: Annotated[
         int | None, typer.Option(help="At most so many passes over the data.", show_default="30 for each slot")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of every random choice.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of every random choice.")] = 0,
     loss: Annotated[
         Loss, typer.Option(help="kl: the divergence from the float model, needs no targets.")
     ] = Loss.CROSS_ENTROPY,
@@ -112,6 +112,7 @@ def search(
     }
     pixels = (_numbers("mean", mean), _numbers("std", std))
     bar: _Bar | None = None
+    kept: SqliteStore | None = None
     try:
         import torch
 
@@ -135,6 +136,9 @@ def search(
         known = bar.known() if bar is not None else 0
         _say(f"interrupted, {known} evaluations are saved; to go on: {_command()}")
         raise typer.Exit(130) from None
+    finally:
+        if kept is not None:
+            kept.close()
     _finish(result, out)
 
 

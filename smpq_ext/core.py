@@ -245,6 +245,8 @@ class Plan:
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """The plan in a plan.json object. Raises SmpqError where it is not one."""
         try:
+            if not isinstance(data, Mapping):
+                raise SmpqError(f"plan: json.loads the text first; an object is needed, not a {type(data).__name__}")
             if data["version"] != 1:
                 raise SmpqError(f"plan: version {data['version']} is not known; this release reads version 1")
             return cls(
@@ -335,6 +337,7 @@ class Result:
     seconds: Mapping[str, float]  # calibrate, search, verify
     peak_bytes: int
     left_out: Mapping[str, str] = field(default_factory=dict)  # module -> why it is not quantized
+    versions: Mapping[str, str] = field(default_factory=dict)  # of this library, torch and Python
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write result.json and plan.json into the folder `path`, each in one step."""
@@ -377,6 +380,12 @@ class Result:
                 if data[name] is not None:
                     data[name] = np.array([[np.inf if v is None else v for v in row] for row in data[name]], np.float64)
             data["trace"] = tuple((p, m) for p, m in data["trace"])
+            for name in ("budget", "cost", "seconds", "left_out", "versions"):
+                if not isinstance(data.setdefault(name, {}), dict):
+                    raise ValueError(f"{name} is a {type(data[name]).__name__}, not an object")
+            missing = [s.name for s in data["space"].slots if s.name not in plan.bits]
+            if missing:
+                raise ValueError(f"plan.json has no width for {missing[0]}")
             return cls(plan=plan, **data)
         except OSError as error:
             raise SmpqError(f"result: cannot read {error.filename}: {error.strerror}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,12 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import RandomSampler
 
+import smpq_ext
 from smpq_ext import budget as budgets
 from smpq_ext import registry
 from smpq_ext.core import Method, Plan, Problem, Result, SmpqError, Store
 from smpq_ext.engine.apply import apply
 from smpq_ext.engine.evaluator import evaluator as make_evaluator
+from smpq_ext.solvers.milp import Milp
 from smpq_ext.store import MemoryStore, Recorded, SqliteStore
 
 HOLDOUT_SHARE = 0.25
@@ -61,7 +65,7 @@ def search(
 
     Raises SmpqError (Infeasible where no assignment meets the budget) for input that cannot be searched.
     """
-    return Study(
+    study = Study(
         model,
         data,
         bits=bits,
@@ -75,7 +79,11 @@ def search(
         store=store,
         fixed=fixed,
         progress=progress,
-    ).run()
+    )
+    try:
+        return study.run()
+    finally:
+        study.close()
 
 
 class Study:
@@ -99,10 +107,16 @@ class Study:
         progress: bool | Progress,
     ) -> None:
         self._clock = _Clock()
-        if evaluations is not None and evaluations < 1:
-            raise SmpqError(f"evaluations: a positive number, not {evaluations}")
-        if not isinstance(seed, int) or seed < 0:
-            raise SmpqError(f"seed: an integer from 0 on, not {seed!r}")
+        if evaluations is not None and not (isinstance(evaluations, int) and evaluations > 0):
+            raise SmpqError(f"evaluations: a positive integer, not {evaluations!r}")
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise SmpqError(f"seed: an integer from 0 to 2^63 - 1, not {seed!r}")
+        if not isinstance(method, str) and not hasattr(method, "allocate"):
+            raise SmpqError(f"method: a name from `smpq list`, or an object with `allocate`, not {method!r}")
+        if store is not None and not isinstance(store, str | os.PathLike) and not hasattr(store, "append"):
+            raise SmpqError(f"store: a path, or an object with `read` and `append`, not {store!r}")
+        if store is not None and isinstance(getattr(data, "sampler", None), RandomSampler):
+            LOG.warning("data: this loader shuffles, so every run is a new study and the store resumes nothing")
         self.method: Method = registry.find("methods", method)() if isinstance(method, str) else method
         self.name = method if isinstance(method, str) else type(method).__name__.lower()
         self.model = model
@@ -117,15 +131,21 @@ class Study:
         )
         space = self.engine.space
         limits = budgets.parse(budget, space)
+        Milp()(
+            np.where(space.mask, 0.0, np.inf), limits
+        )  # an infeasible budget is an error before anything is measured
         parts = (
             self.engine.split(HOLDOUT_SHARE, np.random.default_rng([seed, 0]))
             if self.method.holdout
             else (self.engine, None)
         )
         kept: Store = MemoryStore() if store is None else store  # type: ignore[assignment]
+        self._opened: SqliteStore | None = None
         if isinstance(store, str | os.PathLike):
             Path(store).absolute().parent.mkdir(parents=True, exist_ok=True)
-            kept = SqliteStore(store)
+            kept = self._opened = SqliteStore(store)
+        for note in self.engine.notes:
+            LOG.warning("%s", note)
         for module, why in self.engine.left_out.items():
             LOG.warning("not quantized: %s (%s)", module, why)
         self._whole = Recorded(self.engine, kept)
@@ -193,7 +213,17 @@ class Study:
             seconds=self._clock.seconds,
             peak_bytes=engine.peak_bytes,
             left_out=engine.left_out,
+            versions={
+                "smpq_ext": smpq_ext.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
         )
+
+    def close(self) -> None:
+        """Close the store, where a path was given."""
+        if self._opened is not None:
+            self._opened.close()
 
 
 class _Clock:

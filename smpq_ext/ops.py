@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from smpq_ext import reference
@@ -22,6 +23,8 @@ OPS = (
     "coalition_fake_quantize_list",
     "quantization_error",
 )
+WIDEST = 1 << 16  # no code is beyond, of either sign
+INTEGER_OPS = ("coalition_convolution", "coalition_epilogue")  # on codes; the engine's, on the CPU
 
 try:
     from smpq_ext import _C  # noqa: F401 - registers torch.ops.smpq.*
@@ -36,7 +39,7 @@ except ImportError as error:
         stacklevel=2,
     )
     _fallback = torch.library.Library("smpq", "DEF")
-    for _name in OPS:
+    for _name in (*OPS, *INTEGER_OPS):
         _function = getattr(reference, _name)
         _fallback.define(_name + torch.library.infer_schema(_function, mutates_args=()))
         _fallback.impl(_name, _function, "CPU")
@@ -50,9 +53,7 @@ def bounds(bits: int | Tensor, signed: bool = True) -> tuple[Any, Any]:
     if isinstance(bits, Tensor):
         if bits.is_floating_point():
             raise ValueError("bits: a tensor of widths must be of integers")
-        # Looking would wait for a device, and cannot be done while tracing.
-        visible = type(bits) is Tensor and bits.device.type == "cpu" and not torch.compiler.is_compiling()
-        if visible and not bool(((bits >= 1) & (bits <= 16)).all()):
+        if _readable(bits) and not bool(((bits >= 1) & (bits <= 16)).all()):
             raise ValueError(f"bits: widths from 1 to 16, not {bits.tolist()}")
         one = torch.ones_like(bits, dtype=torch.int32)
         levels = torch.bitwise_left_shift(one, bits.to(torch.int32))
@@ -95,6 +96,8 @@ def fake_quantize(
     if zero_point is not None and not isinstance(zero_point, Tensor):
         zero_point = torch.tensor(zero_point, device=x.device)
     if bits is not None:
+        if isinstance(bits, Tensor) and scale.dim() == 0:
+            scale = scale.expand(bits.shape)
         if quant_min is not None or quant_max is not None:
             raise ValueError("bits: give either bits, or quant_min and quant_max, not both")
         quant_min, quant_max = bounds(bits, signed)
@@ -105,6 +108,7 @@ def fake_quantize(
     low, bound_min = _bound(quant_min, scale)
     high, bound_max = _bound(quant_max, scale)
     scale, zero_point = _computable(x, scale, zero_point)
+    _check("fake_quantize", x, scale, zero_point, low, high)
     return _smpq.fake_quantize(x, scale, zero_point, low, high, bound_min, bound_max, axis, group_size)
 
 
@@ -132,6 +136,7 @@ def coalition_fake_quantize(
     """
     scale, zero_point = _computable(x, scale, zero_point)
     low, high = quant_min.to(torch.int32), quant_max.to(torch.int32)
+    _check("coalition_fake_quantize", x, scale, zero_point, low, high, mixtures, parent)
     return _smpq.coalition_fake_quantize(x, scale, zero_point, low, high, mixtures.to(scale.dtype), axis, parent)
 
 
@@ -189,6 +194,7 @@ def quantization_error(
     """
     scale, zero_point = _computable(x, scale, zero_point)
     low, high = quant_min.to(torch.int32), quant_max.to(torch.int32)
+    _check("quantization_error", x, scale, zero_point, low, high)
     return _smpq.quantization_error(x, scale, zero_point, low, high, axis)
 
 
@@ -199,6 +205,7 @@ def coalition_linear(x: Tensor, weight: Tensor, bias: Tensor | None, variant: Se
 
     Raises RuntimeError for shapes that do not fit.
     """
+    _check("coalition_linear", x, weight, bias)
     return _smpq.coalition_linear(x, weight, bias, list(variant))
 
 
@@ -219,10 +226,22 @@ def coalition_conv2d(
 
     Raises RuntimeError for shapes that do not fit.
     """
+    _check("coalition_conv2d", x, weight, bias)
     return _smpq.coalition_conv2d(x, weight, bias, list(variant), list(stride), list(padding), list(dilation), groups)
 
 
-# --- sugar ---
+# --- sugar and checks ---
+
+
+def _check(op: str, x: Tensor, *others: Tensor | None) -> None:
+    """What the dispatcher does not see. Raises RuntimeError for other devices, NotImplementedError in forward mode."""
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise RuntimeError(f"{op}: all arguments must be on the device of x, {x.device}, not {other.device}")
+    if forward_ad._current_level >= 0 and any(
+        t is not None and t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None for t in (x, *others)
+    ):
+        raise NotImplementedError(f"{op}: it has no forward-mode derivative; use reverse mode (torch.autograd.grad)")
 
 
 def _one_bit_grid(bits: int | Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -236,8 +255,18 @@ def _one_bit_grid(bits: int | Tensor, scale: Tensor) -> tuple[Tensor, Tensor | N
 def _bound(bound: int | Tensor, scale: Tensor) -> tuple[Tensor | None, int]:
     """A bound as the op takes it: a tensor of scale's shape, or none and a number."""
     if not isinstance(bound, Tensor):
+        if not -WIDEST <= bound <= WIDEST:
+            raise ValueError(f"quant_min, quant_max: codes have at most 16 bits, not {bound}")
         return None, bound
+    if _readable(bound) and bool((bound.abs() > WIDEST).any()):
+        raise ValueError("quant_min, quant_max: codes have at most 16 bits")
     return bound.to(torch.int32).expand(scale.shape), 0
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether looking at the numbers is possible, which it is not while tracing, and neither waits for a device."""
+    plain = type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return plain and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _computable(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -333,6 +362,26 @@ def _(x, scale, zero_point, quant_min, quant_max, mixtures, axis):  # type: igno
 @torch.library.register_fake("smpq::quantization_error")
 def _(x, scale, zero_point, quant_min, quant_max, axis):  # type: ignore[no-untyped-def]
     return torch.empty_like(scale, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("smpq::coalition_convolution")
+def _(codes, padding, weight, start, parent, variant, scale, bias, residual, residual_row, low, high, geometry, *rest):  # type: ignore[no-untyped-def]
+    _depthwise, values, child_row, _child_grid = rest
+    sizes = zip(codes.shape[2:4], *(geometry[i : i + 2] for i in (0, 2, 4, 6)), strict=True)
+    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+    return _new_epilogue(scale, len(parent), [codes.shape[1], *size], scale.shape[1], values, child_row)
+
+
+@torch.library.register_fake("smpq::coalition_epilogue")
+def _(x, parent, scale, bias, residual, residual_row, low, high, values, child_row, child_grid):  # type: ignore[no-untyped-def]
+    return _new_epilogue(x, len(parent), x.shape[1:4], x.shape[4], values, child_row)
+
+
+def _new_epilogue(
+    like: Tensor, rows: int, size: Sequence[int], channels: int, values: bool, child_row: Sequence[Tensor]
+) -> list[Tensor]:
+    codes = [like.new_empty((len(r), *size, -(-channels // 4) * 4), dtype=torch.uint8) for r in child_row]
+    return [like.new_empty((rows if values else 0, *size, channels)), *codes]
 
 
 # --- gradients ---

@@ -165,6 +165,89 @@ def quantization_error(
     return torch.stack(errors).float() if errors else scale.new_empty(scale.shape)
 
 
+def coalition_convolution(
+    codes: Tensor,
+    padding: Tensor,
+    weight: Tensor,
+    start: Tensor,
+    parent: Tensor,
+    variant: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    residual_row: Tensor | None,
+    low: float,
+    high: float,
+    geometry: Sequence[int],
+    depthwise: bool,
+    values: bool,
+    child_row: Sequence[Tensor],
+    child_grid: Sequence[Tensor],
+) -> list[Tensor]:
+    """Row i is the epilogue of start[i] + the convolution of codes[parent[i]] with weight[variant[i]], in integers.
+
+    codes: uint8 [parents, samples, height, width, channels], channels a multiple of 4; padding: the code of 0, uint8
+    [parents]; weight: int8 [variants, blocks of 16 out, taps, channels / 4, 16, 4], or [variants, blocks of 16
+    channels, taps, 16] where depthwise; start: int32 [rows, out up to a multiple of 16]; geometry: kernel, stride,
+    padding and dilation, two numbers each. The rest and what is returned: `coalition_epilogue`.
+    """
+    kernel, stride, pad, dilation = (list(geometry[i : i + 2]) for i in (0, 2, 4, 6))
+    if depthwise:
+        kernels = weight.transpose(2, 3).reshape(weight.shape[0], -1, 1, *kernel)[:, : codes.shape[-1]]
+    else:
+        kernels = weight.permute(0, 1, 4, 3, 5, 2).reshape(weight.shape[0], -1, codes.shape[-1], *kernel)
+    out = []
+    for row, (p, v) in enumerate(zip(parent.tolist(), variant.tolist(), strict=True)):
+        x = codes[p].permute(0, 3, 1, 2).double()
+        x = torch.nn.functional.pad(x, (pad[1], pad[1], pad[0], pad[0]), value=float(padding[p]))
+        groups = x.shape[1] if depthwise else 1
+        product = torch.nn.functional.conv2d(x, kernels[v].double(), None, stride, 0, dilation, groups)
+        product = product + start[row, : product.shape[1], None, None]
+        out.append(product[:, : scale.shape[1]].permute(0, 2, 3, 1).float())
+    if out:
+        x = torch.stack(out)
+    else:
+        sizes = zip(codes.shape[2:4], kernel, stride, pad, dilation, strict=True)
+        size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+        x = scale.new_empty(0, codes.shape[1], *size, scale.shape[1])
+    rows = torch.arange(len(x), device=x.device)
+    return coalition_epilogue(x, rows, scale, bias, residual, residual_row, low, high, values, child_row, child_grid)
+
+
+def coalition_epilogue(
+    x: Tensor,
+    parent: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    residual_row: Tensor | None,
+    low: float,
+    high: float,
+    values: bool,
+    child_row: Sequence[Tensor],
+    child_grid: Sequence[Tensor],
+) -> list[Tensor]:
+    """Row i is clamp(x[parent[i]] * scale[i] + bias[i] + residual[residual_row[i]], low, high); then its codes.
+
+    x: float32 [parents, samples, height, width, channels]; scale, bias: [rows, channels]; residual as x.
+    child_row[k] [children]: the rows that the codes of list k descend from; child_grid[k] [children, 4]: scale, zero
+    point and bounds of each. Returns the rows (none of them unless `values`), and for each list uint8 [children,
+    samples, height, width, channels up to a multiple of 4], 0 beyond the channels.
+    """
+    y = x[parent]
+    if scale is not None and bias is not None:
+        y = y * scale[:, None, None, None] + bias[:, None, None, None]
+    if residual is not None and residual_row is not None:
+        y = y + residual[residual_row]
+    y = y.clamp(low, high)
+    codes = []
+    for rows, grid in zip(child_row, child_grid, strict=True):
+        step, zero, least, most = (grid[:, k].reshape(-1, 1, 1, 1, 1) for k in range(4))
+        code = torch.minimum(torch.maximum(raw_code(y[rows], step, None) + zero, least), most)
+        codes.append(torch.nn.functional.pad(code, (0, -y.shape[-1] % 4)).to(torch.uint8))
+    return [y if values else y[:0], *codes]
+
+
 def _forward(
     x: Tensor,
     scale: Tensor,

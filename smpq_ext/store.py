@@ -35,22 +35,30 @@ class SqliteStore:
                 raise
 
     def _open(self) -> None:
-        # one transaction, so that two processes may create the file at once
-        self._database.execute("BEGIN IMMEDIATE")
-        (version,) = self._database.execute("PRAGMA user_version").fetchone()
-        (tables,) = self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if version == 0 and tables == 0:
-            self._database.execute(
-                "CREATE TABLE evaluations (study TEXT, key BLOB, groups BLOB, PRIMARY KEY (study, key)) WITHOUT ROWID"
-            )
-            self._database.execute(f"PRAGMA user_version = {SCHEMA}")
-        elif version != SCHEMA:
+        # no write lock on a finished file: SQLite grants it in no order, and writers would starve beside many openers
+        version = self._version()
+        if version == 0:
+            with self._database:
+                self._database.execute("BEGIN IMMEDIATE")
+                version = self._version()  # again: several processes may create the file at once
+                (tables,) = self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+                if version == 0 and tables == 0:
+                    self._database.execute(
+                        "CREATE TABLE evaluations (study TEXT, key BLOB, groups BLOB, PRIMARY KEY (study, key)) "
+                        "WITHOUT ROWID"
+                    )
+                    self._database.execute(f"PRAGMA user_version = {SCHEMA}")
+                    version = SCHEMA
+        if version != SCHEMA:
             raise SmpqError(
                 f"store: {self.path} has schema version {version}, this release reads {SCHEMA}; name another file"
             )
-        self._database.execute("COMMIT")
         # the journal stays a rollback journal: a switch to WAL does not wait for other processes that open the file
         self._database.execute("PRAGMA synchronous = FULL")
+
+    def _version(self) -> int:
+        (version,) = self._database.execute("PRAGMA user_version").fetchone()
+        return int(version)
 
     def read(self, study: str) -> dict[bytes, NDArray[np.float64]]:
         """All that is known of the study: key to values [groups]."""

@@ -9,15 +9,13 @@ namespace {
 
 Isa detect() {
 #if defined(__x86_64__)
-  const char* wanted = std::getenv("SMPQ_ISA");
-  const auto allowed = [&](const char* level) { return !wanted || std::strcmp(wanted, level) == 0; };
-  if (wanted && std::strcmp(wanted, "baseline") == 0) return Isa::baseline;
+  const char* most = std::getenv("SMPQ_ISA");
+  const auto capped_at = [&](const char* level) { return most && std::strcmp(most, level) == 0; };
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512vnni");
-  if (avx512 && !(wanted && allowed("avx2"))) return Isa::avx512;
-  if (avx2) return Isa::avx2;
+  if (avx2 && !capped_at("baseline")) return avx512 && !capped_at("avx2") ? Isa::avx512 : Isa::avx2;
 #endif
   return Isa::baseline;
 }

@@ -63,6 +63,9 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         grid = plan.grids.get(slot)
         if grid is None:
             raise SmpqError(f"plan: it has no grid for {slot} at {width} bits")
+        if not 0 <= 2**width - 1 - (grid.quant_max - grid.quant_min) <= 1:
+            codes = grid.quant_max - grid.quant_min + 1
+            raise SmpqError(f"plan: {slot} has {width} bits and a grid of {codes} codes; change widths by a new search")
         if kind == "activation":
             module.add_module(QUANTIZER, FakeQuantize(grid, weight.device))
             module.register_forward_pre_hook(_quantize_input)
@@ -79,9 +82,10 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         if not isinstance(norm, _BatchNorm) or norm.num_features != len(mean):
             raise SmpqError(f"plan: {name!r} is no BatchNorm of {len(mean)} channels; it was made for another model")
         like = norm.running_mean if norm.running_mean is not None else norm.weight
-        device = torch.device("cpu") if like is None else like.device
-        norm.running_mean = torch.from_numpy(np.array(mean, np.float32)).to(device)
-        norm.running_var = torch.from_numpy(np.array(var, np.float32)).to(device)
+        norm.running_mean, norm.running_var = (
+            torch.from_numpy(np.array(x, np.float32)).to(*(() if like is None else (like.device, like.dtype)))
+            for x in (mean, var)
+        )
     return copied
 
 

@@ -241,8 +241,7 @@ class _Builder:
     def _module(self, node: fx.Node) -> nn.Module | None:
         """The innermost module whose forward ran the node."""
         stack = node.meta.get("nn_module_stack")
-        path = list(stack.values())[-1][0] if stack else ""
-        return self.model.get_submodule(path.split("@")[0]) if path else None
+        return self.model.get_submodule(list(stack.values())[-1][0].split("@")[0]) if stack else None
 
     def _place(self, inputs: tuple[int, ...], columns: tuple[int, ...]) -> int:
         self.places.append((inputs, columns))

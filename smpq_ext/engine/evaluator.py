@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,14 +18,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 import smpq_ext
+from smpq_ext import ops
 from smpq_ext.core import FLOAT_BITS, Assignments, Grid, Mixtures, Slot, SmpqError, Space, Values
 from smpq_ext.engine import losses, samples
 from smpq_ext.engine.capture import Uncapturable, capture
 from smpq_ext.engine.executor import MERGE, Executor, Meter, free_memory
 from smpq_ext.engine.grids import SAMPLE, Calibrate, Grids, Observed, activation_grids, weight_grids
-from smpq_ext.engine.integer import Integer
 from smpq_ext.engine.layers import Layer, check_weights, duplicate, find, quiet
-from smpq_ext.engine.lockstep import Lockstep
 from smpq_ext.engine.samples import Batch
 
 CACHE = 4 << 20  # bytes of the largest activation of one forward: beyond it a CPU waits for memory
@@ -223,13 +224,13 @@ class TorchEvaluator:
 
     def _bind(self, batches: tuple[Batch, ...]) -> None:
         self.batches = batches
-        self._parts, self.groups = samples.parts(batches)
+        self._parts, self.groups = samples.parts(batches, functools.partial(losses.weight, self.loss_fn))
         self._run_batches = batches
         if self.renormalize:
             self._run_batches = (samples.concatenate(batches),)
-            offset = np.cumsum([0, *(b.size for b in batches)])
+            offset = [0, *itertools.accumulate(b.size for b in batches)]
             self._parts = tuple(
-                samples.Part(0, int(offset[p.batch]) + p.start, int(offset[p.batch]) + p.stop, p.group)
+                dataclasses.replace(p, batch=0, start=offset[p.batch] + p.start, stop=offset[p.batch] + p.stop)
                 for p in self._parts
             )
         data = samples.digest([(b.inputs, None if self.loss_fn is losses.kl else b.targets, b.size) for b in batches])
@@ -291,13 +292,13 @@ class TorchEvaluator:
         return torch.stack(out).cpu().numpy().reshape(len(self._parts), n).T
 
     def _per_group(self, loss: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Losses [rows, parts] to the mean over each group's samples, [rows, groups]."""
+        """Losses [rows, parts] to the weighted mean over each group, [rows, groups]."""
         total = np.zeros((len(loss), len(self.groups)))
         size = np.zeros(len(self.groups))
         for column, p in zip(loss.T, self._parts, strict=True):
-            total[:, p.group] += column * (p.stop - p.start)
-            size[p.group] += p.stop - p.start
-        return total / size
+            total[:, p.group] += column * p.weight
+            size[p.group] += p.weight
+        return total / np.where(size > 0, size, 1.0)
 
     def _complain(self, loss: NDArray[np.float64], chunk: NDArray[np.float32] | None, index: list[int]) -> None:
         """Raise SmpqError for the first loss [rows, parts] that is not finite, naming row and layer."""
@@ -306,11 +307,20 @@ class TorchEvaluator:
         if chunk is not None:
             self._executor.load(self._by_slot(chunk[row : row + 1]), None)
         where = self._executor.first_non_finite(batch, 0, batch.size)
-        what = "of the float model" if chunk is None else f"of row {index[row]}"
+        what = "of the float model" if chunk is None else f"of row {index[row]}, {self._describe(chunk[row])},"
         why = "every activation is finite, the loss itself is not"
         if where:
             why = f"the first activation with NaN or infinity leaves {where}"
-        raise SmpqError(f"loss: the loss {what} is {loss[row, k]}; {why}")
+        remedy = "" if chunk is None else "; leave the width out of bits, or give fixed= a width that works there"
+        raise SmpqError(f"loss: the loss {what} is {loss[row, k]}; {why}{remedy}")
+
+    def _describe(self, mixtures: NDArray[np.float32]) -> str:
+        """The slots that are below their highest width."""
+        chosen = mixtures.argmax(axis=1)
+        below = np.flatnonzero(chosen < self.space.highest())
+        said = [f"{self.slots[i]} at {self.space.candidates[i][chosen[i]]} bits" for i in below[:3]]
+        more = f" and {len(below) - 3} slots below their highest width" if len(below) > 3 else ""
+        return (", ".join(said) + more) or "all slots at their highest width"
 
     def _rows(self, mixtures: NDArray[Any]) -> NDArray[np.float32]:
         """Mixtures [n, slots, candidates] of what the caller gave. Raises ValueError where it is neither kind."""
@@ -348,6 +358,11 @@ class TorchEvaluator:
     def _capture(self, twin: nn.Module, layers: list[Layer], batch: Batch) -> None:
         """Run the rows in lockstep where torch.export can capture the model, and the values are the same."""
         executor = self._executor
+        if not ops.compiled:
+            return
+        from smpq_ext.engine.integer import Integer
+        from smpq_ext.engine.lockstep import Lockstep  # needs the planner, which is compiled
+
         try:
             graph = capture(twin, layers, self.slot_grids, batch)
         except Uncapturable as why:

@@ -6,7 +6,7 @@ import os
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,8 +18,10 @@ from torch.utils._pytree import tree_leaves
 from smpq_ext import ops
 from smpq_ext.engine.grids import Grids
 from smpq_ext.engine.layers import Layer
-from smpq_ext.engine.lockstep import Lockstep, take_rows
-from smpq_ext.engine.samples import Batch, call
+from smpq_ext.engine.samples import Batch, call, take_rows
+
+if TYPE_CHECKING:
+    from smpq_ext.engine.lockstep import Lockstep
 
 # From so many samples on, oneDNN's and MKL's products give a sample the same bits whatever the batch size (measured).
 # Below it, each row is multiplied alone, so that its value does not depend on the rows beside it.

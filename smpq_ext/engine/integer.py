@@ -46,7 +46,10 @@ class IntegerLayer:
         steps = weight.scale.double() / torch.where(weight.quant_max == 0, 2, 1)[:, None]  # 1 bit: -1 and 1 half steps
         codes = torch.stack(
             [
-                (torch.ops.smpq.fake_quantize(layer.source, *grid).double() / step.view(-1, *[1] * (layer.source.dim() - 1)))
+                (
+                    torch.ops.smpq.fake_quantize(layer.source, *grid).double()
+                    / step.view(-1, *[1] * (layer.source.dim() - 1))
+                )
                 .nan_to_num()
                 .round()
                 for grid, step in zip(_candidates(weight), steps, strict=True)
@@ -55,9 +58,7 @@ class IntegerLayer:
         self.packed = _pack_depthwise(codes) if self.depthwise else _pack(codes)
         self.sums = nn.functional.pad(codes.flatten(2).sum(2), (0, -outs % LANES)).int()
         self.scale = steps  # [candidates, channels]
-        self.bias = (
-            torch.zeros(outs, dtype=torch.float64) if module.bias is None else module.bias.detach().double()
-        )
+        self.bias = torch.zeros(outs, dtype=torch.float64) if module.bias is None else module.bias.detach().double()
         bounds = (activation.quant_min, activation.quant_max)
         self.grids = torch.stack([x.float() for x in (activation.scale, activation.zero_point, *bounds)], 1)
 
@@ -161,7 +162,7 @@ class Integer:
         return factor, offset if m.bias is None else offset + m.bias.detach().double()
 
     def call(self, fused: Fused, parent: Tensor, activation: Tensor, weight: Tensor) -> Call:
-        """The tensors of a call: rows [n] of codes on the candidate grids `activation` [parents], times `weight` [n]."""
+        """The tensors of a call: codes on the grids `activation` [parents], rows `parent` [n], weights `weight` [n]."""
         layer = fused.layer
         grids = layer.grids[activation]
         factor, offset = self.affine(fused)

@@ -84,12 +84,12 @@ def duplicate(model: nn.Module, share: bool) -> nn.Module:
         raise SmpqError(f"model: it cannot be copied by copy.deepcopy ({type(error).__name__}: {error})") from error
 
 
-def channel_axis(module: nn.Module) -> int:
-    """The axis of the weight along which a scale is one output channel's."""
+def channel_axis(module: nn.Module) -> int | None:
+    """The axis of the weight that counts output channels; None where no axis does."""
     if not isinstance(module, _ConvTransposeNd):
         return 0
     depthwise = module.groups == module.in_channels and module.weight.shape[1] == 1
-    return 0 if depthwise else 1  # with fewer groups, a scale is shared by the same channel of every group
+    return 0 if depthwise else 1 if module.groups == 1 else None
 
 
 def check_weights(model: nn.Module) -> None:
@@ -155,6 +155,8 @@ def find(model: nn.Module, batch: Batch) -> tuple[list[Layer], dict[str, str], d
                 reason = "its weight is computed, not a parameter; remove the parametrization or weight norm first"
             elif module in by_keyword:
                 reason = "its forward gets its input by keyword; pass it by position"
+            elif channel_axis(module) is None:
+                reason = "no axis of a grouped transposed convolution's weight counts its output channels"
             elif module not in elements:
                 reason = "it never ran through forward, with its input as first argument, on the first batch"
         if reason:
@@ -166,7 +168,9 @@ def find(model: nn.Module, batch: Batch) -> tuple[list[Layer], dict[str, str], d
         name, weight = names[module], module.weight
         first = owner.setdefault(id(weight), name)
         shares = None if first == name else first
-        layers.append(Layer(name, module, channel_axis(module), count, macs[module], shares))
+        axis = channel_axis(module)
+        assert axis is not None
+        layers.append(Layer(name, module, axis, count, macs[module], shares))
     if not layers:
         why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "it has no Conv or Linear module"
         raise SmpqError(f"model: no layer to quantize ({why})")

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map, tree_unflatten
 from smpq_ext import _C
 from smpq_ext.engine.capture import Graph, Value, fill, leaves
 from smpq_ext.engine.integer import BOUNDED, Call, Integer
+from smpq_ext.engine.samples import take_rows
 
 if TYPE_CHECKING:
     from smpq_ext.engine.executor import QuantizedLayer, RowNorm
@@ -26,13 +27,6 @@ class _Rows:
 
     row: NDArray[np.int64]  # [n]: of each coalition
     coalition: NDArray[np.int64]  # [rows]: one that has the row
-
-
-def take_rows(x: Tensor, rows: int, index: Tensor) -> Tensor:
-    """The rows [k] of x [rows * samples, ...] as [k * samples, ...], in the memory format of x."""
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return take_rows(x.permute(0, 2, 3, 1), rows, index).permute(0, 3, 1, 2)
-    return x.unflatten(0, (rows, -1)).index_select(0, index).flatten(0, 1)
 
 
 class Lockstep:

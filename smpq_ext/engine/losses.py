@@ -20,16 +20,33 @@ PLAIN = (bool, int, float, complex, str, bytes, tuple, list, type(None))
 OWN = "or give loss=, a function of (outputs, targets) that returns a scalar tensor"
 
 
+IGNORED = -100  # the target that torch's cross-entropy leaves out
+
+
 def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of outputs [..., classes] for integer targets [...]. Raises SmpqError for other shapes."""
+    """Mean cross-entropy of outputs [..., classes] for integer targets [...], those of -100 left out.
+
+    Raises SmpqError for other shapes, or where it cannot be told which dimension counts the classes.
+    """
     if not isinstance(outputs, Tensor) or outputs.shape[:-1] != targets.shape:
         shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise SmpqError(
             f"loss: cross-entropy wants outputs [..., classes] for targets {tuple(targets.shape)}, "
             f"the model gives {shape}; change the model's output, {OWN}"
         )
+    if outputs.dim() > 2 and (outputs.shape[0], *outputs.shape[2:]) == targets.shape:
+        raise SmpqError(
+            f"loss: for outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} classes may be the last or "
+            "the second dimension; give loss=torch.nn.functional.cross_entropy if they are the second, " + OWN
+        )
     try:
-        return F.cross_entropy(outputs.reshape(-1, outputs.shape[-1]).float(), targets.reshape(-1).long())
+        total = F.cross_entropy(
+            outputs.reshape(-1, outputs.shape[-1]).float(),
+            targets.reshape(-1).long(),
+            reduction="sum",
+            ignore_index=IGNORED,
+        )
+        return total / (targets != IGNORED).sum().clamp(min=1)
     except IndexError as error:
         raise SmpqError(f"loss: cross-entropy over {outputs.shape[-1]} classes: {error}") from error
 
@@ -47,9 +64,21 @@ def noise_to_signal(outputs: Any, reference: Any) -> Tensor:
     return (outputs - reference).double().square().sum() / reference.double().square().sum().clamp(min=1e-30)
 
 
+def weight(loss: Loss, targets: Any, samples: int) -> float:
+    """What the mean over a part counts for in the mean over all: its labels for cross-entropy, else its samples."""
+    return float((targets != IGNORED).sum()) if loss is cross_entropy else float(samples)
+
+
 def log_probabilities(outputs: Any) -> Tensor:
+    """Of outputs [..., classes]. Raises SmpqError where the last dimension cannot be that of the classes."""
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
         raise SmpqError(f"loss: 'kl' wants one tensor [..., classes] of outputs, not {type(outputs).__name__}; {OWN}")
+    if outputs.dim() == 0 or outputs.dim() > 3 or outputs.shape[-1] < 2:
+        raise SmpqError(
+            f"loss: 'kl' wants outputs [samples, classes] or [samples, tokens, classes], the model gives "
+            f"{tuple(outputs.shape)}; for an image of classes, or a regression, give loss="
+            "a function of (outputs, targets) that returns a scalar tensor"
+        )
     return F.log_softmax(outputs.float(), dim=-1)
 
 
@@ -66,8 +95,8 @@ def choose(loss: Loss | str | None, batches: tuple[Batch, ...]) -> Loss:
         if not isinstance(t, Tensor) or t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
             kind = f"{t.dtype} tensor" if isinstance(t, Tensor) else type(t).__name__
             raise SmpqError(
-                f"loss: the targets are of type {kind}, and cross-entropy needs integers; give loss='kl', "
-                "loss=torch.nn.functional.mse_loss for a regression, " + OWN
+                f"loss: the targets are of type {kind}, and cross-entropy needs integers; give "
+                "loss=torch.nn.functional.mse_loss for a regression, loss='kl' for a classifier, " + OWN
             )
     return cross_entropy
 

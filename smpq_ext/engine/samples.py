@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,8 @@ def read(data: Iterable[tuple[Any, Any]], device: torch.device) -> tuple[Batch, 
     for k, item in enumerate(items):
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise SmpqError(f"data: item {k} is a {type(item).__name__}, not a pair; {remedy}")
-        inputs, targets = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, tuple(item))
+        given = dict(item[0]) if isinstance(item[0], Mapping) else item[0]  # also what tokenizers return
+        inputs, targets = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (given, item[1]))
         tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
         if not tensors or not tensors[0].shape[0]:
             raise SmpqError(f"data: the inputs of item {k} hold no tensor with a batch dimension; {remedy}")
@@ -148,10 +149,16 @@ class Part:
     start: int
     stop: int
     group: int
+    weight: float  # of its loss in the mean over its group
 
 
-def parts(batches: tuple[Batch, ...]) -> tuple[tuple[Part, ...], NDArray[np.float64]]:
-    """Every batch split evenly so that there are about 8 groups in all, and the groups' shares of the samples."""
+def parts(
+    batches: tuple[Batch, ...], weigh: Callable[[Any, int], float]
+) -> tuple[tuple[Part, ...], NDArray[np.float64]]:
+    """Every batch split evenly so that there are about 8 groups in all, and the groups' shares of the mean loss.
+
+    weigh: (targets, samples) of a part to its weight. Raises SmpqError where nothing has any.
+    """
     per_batch = max(1, round(GROUPS / len(batches)))
     cuts = []
     for b, batch in enumerate(batches):
@@ -161,11 +168,16 @@ def parts(batches: tuple[Batch, ...]) -> tuple[tuple[Part, ...], NDArray[np.floa
         )
         cuts += [(b, i, j) for i, j in _runs(batch.size, 1 if whole else min(per_batch, batch.size))]
     groups = len(cuts) if len(cuts) <= 2 * GROUPS else GROUPS
-    found = tuple(Part(b, i, j, k * groups // len(cuts)) for k, (b, i, j) in enumerate(cuts))
+    found = []
     share = np.zeros(groups)
-    for p in found:
-        share[p.group] += p.stop - p.start
-    return found, share / share.sum()
+    for k, (b, i, j) in enumerate(cuts):
+        group = k * groups // len(cuts)
+        weight = weigh(part(batches[b].targets, batches[b].size, i, j), j - i)
+        found.append(Part(b, i, j, group, weight))
+        share[group] += weight
+    if not share.sum():
+        raise SmpqError("data: every target is ignored (-100), there is nothing to measure")
+    return tuple(found), share / share.sum()
 
 
 def digest(trees: Iterable[Any]) -> str:
@@ -191,3 +203,10 @@ def digest(trees: Iterable[Any]) -> str:
 
 def _cuda(device: torch.device) -> list[torch.device]:
     return [device] if device.type == "cuda" else []
+
+
+def take_rows(x: Tensor, rows: int, index: Tensor) -> Tensor:
+    """The rows [k] of x [rows * samples, ...] as [k * samples, ...], in the memory format of x."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return take_rows(x.permute(0, 2, 3, 1), rows, index).permute(0, 3, 1, 2)
+    return x.unflatten(0, (rows, -1)).index_select(0, index).flatten(0, 1)

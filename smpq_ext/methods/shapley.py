@@ -62,7 +62,11 @@ class Shapley:
         probes = min(32 + players, left // 4)
         pairs = min(2 * players + 1, (left - probes) // 2)
         if players < 2 or probes < 8 or pairs < 1 + min(2 * players, 2 ** (players - 1) - 1):
-            few = "too few evaluations to look beyond single slots"
+            few = (
+                f"too few evaluations ({problem.evaluations}) to look beyond single slots; about "
+                + str(measured + 2 * (self.finalists + 2) + 32 + 5 * players)
+                + " are needed"
+            )
             return Answer(plan, scores.damage, scores.errors, float(scores.predict(plan)[0]), finding=few)
         near = _Neighbourhood(problem, scores, low, high, 2 * pairs)
         missed = _missed(near, probes, apart, on_search, on_apart)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from smpq_ext.core import Answer, Problem, SmpqError
+from smpq_ext.core import Answer, Infeasible, Problem
 
 __all__ = ["Uniform"]
 
@@ -15,7 +15,7 @@ class Uniform:
     Weights and activations may differ where the budget limits only one of them: then all assignments of one width for
     weights and one for activations are tried, and the one with the most bits is taken.
 
-    Raises SmpqError where not even the lowest widths fit.
+    Raises Infeasible where not even the lowest widths fit.
     """
 
     holdout = False
@@ -35,7 +35,7 @@ class Uniform:
         assignments = np.unique(np.array(rows, np.int8), axis=0)
         assignments = assignments[problem.budget.feasible(assignments)]
         if not len(assignments):
-            raise SmpqError("budget: not even the lowest width everywhere fits it")
+            raise Infeasible("budget: not even the lowest width everywhere fits it")
         bits = np.nan_to_num(space.widths)[np.arange(len(space.slots)), assignments].sum(axis=1)
         balance = [len(set(row[kind])) + len(set(row[~kind])) for row in assignments]
         return Answer(assignments[np.lexsort((balance, -bits))[0]])

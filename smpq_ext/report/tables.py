@@ -77,6 +77,11 @@ def costs(result: Result) -> Table:
         limit = result.budget.get(name)
         share = "" if limit is None else f"{100 * cost / limit:.1f} %"
         rows.append((name, number(cost), "" if limit is None else number(limit), share))
+    for kind, size in (("weight", lambda s: s.elements), ("activation", lambda s: 1)):
+        slots = [s for s in (*result.space.slots, *(s for s, _ in result.space.fixed)) if s.kind == kind]
+        total = sum(size(s) for s in slots)
+        mean = sum(size(s) * result.plan.bits.get(s.name, FLOAT_BITS) for s in slots) / max(total, 1)
+        rows.append((f"{kind}-bits, fixed slots included", number(mean), "", ""))
     return Table(("cost", "plan", "limit", "used"), tuple(rows))
 
 
@@ -99,7 +104,7 @@ def run(result: Result) -> Table:
         ("seconds", f"{number(sum(result.seconds.values()))} = {seconds}"),
         ("peak memory of a forward", f"{result.peak_bytes / 2**20:,.0f} MiB"),
         ("fingerprint", result.plan.fingerprint),
-        *getattr(result, "versions", {}).items(),
+        *result.versions.items(),
     ]
     return Table(("run", ""), tuple(rows), words=True)
 
