@@ -21,7 +21,7 @@ import smpq_ext
 from smpq_ext import ops
 from smpq_ext.core import FLOAT_BITS, Assignments, Grid, Mixtures, Slot, SmpqError, Space, Values
 from smpq_ext.engine import losses, samples
-from smpq_ext.engine.capture import Uncapturable, capture
+from smpq_ext.engine.capture import Graph, Uncapturable, capture
 from smpq_ext.engine.executor import MERGE, Executor, Meter, free_memory
 from smpq_ext.engine.grids import SAMPLE, Calibrate, Grids, Observed, activation_grids, weight_grids
 from smpq_ext.engine.layers import Layer, check_weights, duplicate, find, quiet
@@ -110,6 +110,8 @@ class TorchEvaluator:
         self.grids: dict[str, tuple[Grid, ...]] = {
             name: tuple(g.grid(k) for k in range(len(g.scale))) for name, g in self.slot_grids.items()
         }
+        with quiet(self.device):
+            graph = _captured(twin, layers, self.slot_grids, batches[0])
         self._executor = Executor(twin, layers, self.slot_grids, once if self.renormalize else ())
         self._memory = memory
         self.peak_bytes = 0
@@ -120,8 +122,10 @@ class TorchEvaluator:
                 self.notes += (
                     "the model mixes samples, or their dimension is not the first: coalitions run one at a time",
                 )
+            elif isinstance(graph, Graph):
+                self._run_in_lockstep(graph, batches[0])
             else:
-                self._capture(twin, layers, batches[0])
+                self.notes += (graph,)
             if self.loss_fn is losses.kl:
                 reference = [losses.log_probabilities(self._executor.forward(b, 0, b.size)) for b in batches]
                 batches = tuple(Batch(b.inputs, r, b.size) for b, r in zip(batches, reference, strict=True))
@@ -355,20 +359,14 @@ class TorchEvaluator:
 
     # What holds for this model, tried once.
 
-    def _capture(self, twin: nn.Module, layers: list[Layer], batch: Batch) -> None:
-        """Run the rows in lockstep where torch.export can capture the model, and the values are the same."""
-        executor = self._executor
-        if not ops.compiled:
-            return
+    def _run_in_lockstep(self, graph: Graph, batch: Batch) -> None:
+        """Run the rows in lockstep where that gives the same values as the model itself."""
         from smpq_ext.engine.integer import Integer
         from smpq_ext.engine.lockstep import Lockstep  # needs the planner, which is compiled
 
-        try:
-            graph = capture(twin, layers, self.slot_grids, batch)
-        except Uncapturable as why:
-            self.notes += (f"torch.export cannot capture the model, coalitions are folded into the batch: {why}",)
-            return
-        kept = {name: m for name, m in twin.named_modules() if isinstance(m, _BatchNorm) and name not in executor.norms}
+        executor = self._executor
+        norms = {name: m for name, m in executor.model.named_modules() if isinstance(m, _BatchNorm)}
+        kept = {name: m for name, m in norms.items() if name not in executor.norms}
         lockstep = Lockstep(graph, executor.layers, executor.norms, Integer(graph, executor.layers, kept))
         rng = np.random.default_rng(0)
         rows = rng.integers(0, self.space.highest() + 1, (3, len(self.slots)))
@@ -447,6 +445,16 @@ class _Loaded:
     def __exit__(self, *_: object) -> None:
         self.executor.unload()
         self.executor.renormalize = False
+
+
+def _captured(model: nn.Module, layers: list[Layer], grids: Mapping[str, Grids], batch: Batch) -> Graph | str:
+    """The model's graph, or why there is none."""
+    if not ops.compiled:
+        return "without the compiled planner coalitions are folded into the batch"
+    try:
+        return capture(model, layers, grids, batch)
+    except Uncapturable as why:
+        return f"torch.export cannot capture the model, coalitions are folded into the batch: {why}"
 
 
 def _widths(name: str, bits: Sequence[int], empty: bool = False) -> tuple[int, ...]:
