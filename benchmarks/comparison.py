@@ -69,7 +69,9 @@ def run(
             cell = cells.run(task.name, model, task.batches, judge, method, **task.settings)
             if cell is not None:
                 groups.setdefault(task.group, {}).setdefault(method, []).append(cell)
-    commits = sorted({c.get("commit", "unknown") for found in groups.values() for cells in found.values() for c in cells})
+    commits = sorted(
+        {c.get("commit", "unknown") for found in groups.values() for cells in found.values() for c in cells}
+    )
     note = f"{note}\nFloat model: {judge(model).mean():.4f}. Searched at the commits {', '.join(commits)}."
     save_table(name, rows_of(groups, seeds=given.seeds, **table), note)
 

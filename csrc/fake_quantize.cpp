@@ -31,8 +31,8 @@ Call check(const char* op, const Tensor& x, const Tensor& scale, const OptionalT
                " does not divide the ", x.size(last), " elements of that dimension; choose a divisor, or pad x");
     bool fits = scale.dim() == x.dim() && scale.size(last) == x.size(last) / *group_size;
     for (int64_t d = 0; fits && d < last; ++d) fits = scale.size(d) == x.size(d);
-    SMPQ_CHECK(fits, op, ": scale ", shape_of(scale), " must be x ", shape_of(x), " with ",
-               x.size(last) / *group_size, " groups in place of its last dimension");
+    SMPQ_CHECK(fits, op, ": scale ", shape_of(scale), " must be x ", shape_of(x), " with ", x.size(last) / *group_size,
+               " groups in place of its last dimension");
     call.x = torch::stable::contiguous(x);
     call.shape = {1, x.numel() / *group_size, *group_size};
   } else {
