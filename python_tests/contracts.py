@@ -342,3 +342,64 @@ class FakeEvaluator:
 
     def __call__(self, mixtures):
         return self.by_group(mixtures) @ self.groups
+
+
+class EvaluatorContract:
+    """Give a fixture `evaluator`."""
+
+    @staticmethod
+    def rows(evaluator, n=5):
+        highest = evaluator.space.highest()
+        return np.random.default_rng(0).integers(0, highest + 1, (n, len(highest))).astype(np.int8)
+
+    def test_it_says_what_it_evaluates(self, evaluator):
+        assert isinstance(evaluator.fingerprint, str) and evaluator.fingerprint
+        assert evaluator.slots == tuple(s.name for s in evaluator.space.slots)
+        assert evaluator.rows_per_batch >= 1
+        assert evaluator.groups.sum() == pytest.approx(1) and (evaluator.groups >= 0).all()
+
+    def test_a_value_is_the_mean_over_the_groups(self, evaluator):
+        rows = self.rows(evaluator)
+        values, groups = evaluator(rows), evaluator.by_group(rows)
+        assert values.dtype == np.float64 and values.shape == (len(rows),)
+        assert groups.shape == (len(rows), len(evaluator.groups))
+        np.testing.assert_allclose(groups @ evaluator.groups, values, rtol=1e-12)
+
+    def test_an_assignment_is_its_one_hot_mixture(self, evaluator):
+        rows = self.rows(evaluator)
+        np.testing.assert_array_equal(evaluator(evaluator.space.one_hot(rows)), evaluator(rows))
+
+    def test_order_and_repetition_change_nothing(self, evaluator):
+        rows = self.rows(evaluator)
+        np.testing.assert_array_equal(evaluator(rows[[3, 0, 3]]), evaluator(rows[[0, 3]])[[1, 0, 1]])
+
+    def test_no_rows_have_no_values(self, evaluator):
+        assert evaluator(self.rows(evaluator, 0)).shape == (0,)
+
+
+class GameContract:
+    """Give a fixture `game`."""
+
+    @staticmethod
+    def coalitions(game, n=6):
+        return np.random.default_rng(0).random((n, game.players)) < 0.5
+
+    def test_what_was_asked_is_counted_also_when_it_was_known(self, game):
+        coalitions = self.coalitions(game)
+        before = game.spent
+        game(coalitions)
+        game(coalitions[[0, 0]])
+        assert game.spent == before + len(coalitions) + 2
+
+    def test_a_coalition_has_one_value_whoever_is_asked_with_it(self, game):
+        coalitions = self.coalitions(game)
+        values = game(coalitions)
+        assert values.dtype == np.float64 and values.shape == (len(coalitions),)
+        np.testing.assert_array_equal(game(coalitions[::-1]), values[::-1])
+
+    def test_no_coalitions_have_no_values(self, game):
+        assert game(self.coalitions(game, 0)).shape == (0,)
+
+    def test_coalitions_of_other_players_are_refused(self, game):
+        with pytest.raises(ValueError, match="coalitions"):
+            game(np.ones((1, game.players + 1), np.bool_))

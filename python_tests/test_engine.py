@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from contracts import EvaluatorContract
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -448,6 +449,15 @@ def test_a_norm_that_runs_twice_keeps_its_statistics() -> None:
     ev = smpq_ext.evaluator(Twice(), build("Shared", 0)[1], bits=BITS)
     assert not ev.renormalize
     assert "norm" in ev.notes[0]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["re-estimated", "kept"])
+def evaluator(request: pytest.FixtureRequest) -> Any:
+    return smpq_ext.evaluator(*build("Branches", 0), bits=BITS, renormalize=request.param)
+
+
+class TestTorchEvaluator(EvaluatorContract):
+    """Its contract."""
 
 
 # --- losses, groups, splits, fingerprints ----------

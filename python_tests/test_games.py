@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from contracts import FakeEvaluator, Polynomial
+from contracts import EvaluatorContract, FakeEvaluator, GameContract, Polynomial
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +20,26 @@ DAMAGE = np.array([[3.0, 1.0, 0.2], [5.0, 0, 0], [2.0, 0.1, 0], [7.0, 4.0, 0.5]]
 
 def all_coalitions(players):
     return (np.arange(2**players)[:, None] >> np.arange(players) & 1).astype(bool)
+
+
+LOW, HIGH = np.array([0, 0, 0, 1], np.int8), np.array([2, 0, 1, 2], np.int8)
+GAMES = {
+    "interval": lambda evaluator: IntervalGame(evaluator, LOW, HIGH),
+    "supernet": lambda evaluator: SupernetGame(evaluator, np.zeros(DAMAGE.shape)),
+    "remainder": lambda evaluator: Remainder(IntervalGame(evaluator, LOW, HIGH), np.arange(3.0)),
+}
+
+
+class TestGames(GameContract):
+    @pytest.fixture(params=GAMES)
+    def game(self, request):
+        return GAMES[request.param](FakeEvaluator(SPACE, DAMAGE))
+
+
+class TestFakeEvaluator(EvaluatorContract):
+    @pytest.fixture
+    def evaluator(self):
+        return FakeEvaluator(SPACE, DAMAGE)
 
 
 class TestInterval:

@@ -10,7 +10,7 @@ from threading import Barrier
 
 import numpy as np
 import pytest
-from contracts import FakeEvaluator, StoreContract
+from contracts import EvaluatorContract, FakeEvaluator, StoreContract
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -266,3 +266,9 @@ class TestRecorded:
     def test_other_shapes_are_refused(self, wrong):
         with pytest.raises(ValueError, match="rows: expected"):
             recorded()[1](wrong)
+
+
+class TestRecordedIsAnEvaluator(EvaluatorContract):
+    @pytest.fixture
+    def evaluator(self):
+        return Recorded(FakeEvaluator(SPACE, DAMAGE), MemoryStore())
