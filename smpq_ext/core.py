@@ -97,6 +97,12 @@ class Space:
         """The mixtures [n, slots, candidates] that are these assignments [n, slots]."""
         return np.eye(self.width_count, dtype=np.float32)[np.asarray(assignments, np.intp)]
 
+    @staticmethod
+    def is_one_hot(mixtures: Mixtures) -> NDArray[np.bool_]:
+        """Which of the mixtures [n, slots, candidates] are assignments."""
+        single = ((mixtures != 0).sum(axis=2) == 1).all(axis=1)
+        return np.asarray(single & (mixtures.max(axis=2) == 1).all(axis=1), np.bool_)
+
 
 @dataclass(frozen=True)
 class Product:

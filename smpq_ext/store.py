@@ -162,7 +162,7 @@ class Recorded:
             return [b"a" + row.tobytes() for row in rows.astype(np.int8)]
         if rows.shape[1:] == (slots, width) and rows.dtype.kind == "f":
             mixtures = np.ascontiguousarray(rows, np.float32) + np.float32(0)  # -0 is 0
-            one_hot = ((mixtures != 0).sum(axis=2) == 1).all(axis=1) & (mixtures.max(axis=2) == 1).all(axis=1)
+            one_hot = self.space.is_one_hot(mixtures)
             chosen = mixtures.argmax(axis=2).astype(np.int8)
             return [
                 b"a" + c.tobytes() if hot else b"m" + hashlib.sha256(m.tobytes()).digest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -309,10 +310,7 @@ class _Builder:
         for k, i in last.items():
             if k not in kept and self.steps[k].place is not None:
                 frees.setdefault(i, []).append(k)
-        return tuple(
-            Step(s.target, s.args, s.kwargs, s.place, s.operands, tuple(frees.get(i, ())), s.layer, s.norm)
-            for i, s in enumerate(self.steps)
-        )
+        return tuple(dataclasses.replace(step, frees=tuple(frees.get(i, ()))) for i, step in enumerate(self.steps))
 
 
 def fill(given: Any, values: Mapping[int, Any], samples: int) -> Any:

@@ -147,7 +147,7 @@ class TorchEvaluator:
         distinct, index = np.unique(rows, axis=0, return_inverse=True)  # sorted: neighbours share what comes first
         index = index.reshape(-1)
         out = np.empty((len(distinct), len(self.groups)))
-        mixed = np.array([len(self._assignments(row[None])) == 0 for row in distinct])
+        mixed = ~self.space.is_one_hot(distinct)
         with quiet(self.device):
             for kind in (mixed, ~mixed):  # a row is computed in the same way whatever the others are
                 of_kind = np.flatnonzero(kind)
@@ -345,11 +345,6 @@ class TorchEvaluator:
             raise ValueError("mixtures: weights must be finite, and 0 where a slot has no such candidate")
         return given.astype(np.float32) + np.float32(0)  # -0 becomes 0: equal rows are the same bytes
 
-    def _assignments(self, rows: NDArray[np.float32]) -> NDArray[np.int64]:
-        """The indices [n, slots] of mixtures that are all one-hot; else none, [0, slots]."""
-        one_hot = ((rows != 0).sum(axis=2) == 1).all() and (rows.max(axis=2) == 1).all()
-        return rows.argmax(axis=2) if one_hot else np.empty((0, rows.shape[1]), np.int64)
-
     def _by_slot(self, rows: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
         """The mixtures [n, candidates] of every quantized slot."""
         found = {name: np.ones((len(rows), 1), np.float32) for name in self.slot_grids}
@@ -433,10 +428,10 @@ class _Loaded:
 
     def __init__(self, owner: TorchEvaluator, rows: NDArray[np.float32]) -> None:
         self.executor, self.mixtures, self.renormalize = owner._executor, owner._by_slot(rows), owner.renormalize
-        found = owner._assignments(rows)
-        self.assigned = {name: np.zeros(len(found), np.int64) for name in owner.slot_grids} if len(found) else None
-        if self.assigned is not None:
-            self.assigned.update(zip(owner.slots, found.T, strict=True))
+        self.assigned: dict[str, NDArray[np.int64]] | None = None
+        if owner.space.is_one_hot(rows).all():
+            self.assigned = {name: np.zeros(len(rows), np.int64) for name in owner.slot_grids}
+            self.assigned.update(zip(owner.slots, rows.argmax(axis=2).T, strict=True))
 
     def __enter__(self) -> None:
         self.executor.load(self.mixtures, self.assigned)

@@ -35,11 +35,11 @@ class IntegerLayer:
         if int(activation.quant_max.max()) > 255 or int(weight.quant_max.max()) > 127:
             raise ValueError("only widths of at most 8 bits")
         kernel = layer.source if layer.conv2d else layer.source[..., None, None]
-        outs, channels = kernel.shape[:2]
+        outs = len(kernel)
         self.depthwise = layer.conv2d and module.groups > 1
         if self.depthwise and not module.groups == module.in_channels == outs:
             raise ValueError("no groups of several channels")
-        self.conv2d, self.channels = layer.conv2d, outs if self.depthwise else channels
+        self.conv2d = layer.conv2d
         geometry = (kernel.shape[2:], module.stride, module.padding, module.dilation) if layer.conv2d else ()
         self.geometry = [int(x) for pair in geometry for x in pair] or [1, 1, 1, 1, 0, 0, 1, 1]
 

@@ -70,7 +70,7 @@ class Lockstep:
         for last, fused in self.integer.fused.items():
             place = self._place(fused.step)
             codes = self._codes_place(fused.step)
-            parent = torch.from_numpy(self.rows[codes].row[self.rows[place].coalition])
+            parent = self._row_of(codes, place)
             self._calls[last] = self.integer.call(fused, parent, picked[codes], picked[place])
         for source, consumers in self.integer.consumers.items():
             if consumers:
@@ -180,9 +180,9 @@ class Lockstep:
         if source == place:
             return None
         if (source, place) not in self._descent:
-            index = self.rows[source].row[self.rows[place].coalition]
-            same = len(index) == len(self.rows[source].coalition) and bool((index == np.arange(len(index))).all())
-            self._descent[source, place] = None if same else torch.from_numpy(index)
+            index = self._row_of(source, place)
+            same = torch.equal(index, torch.arange(len(self.rows[source].coalition)))
+            self._descent[source, place] = None if same else index
         return self._descent[source, place]
 
     def _descend(self, value: Any, source: int | None, place: int) -> Any:
