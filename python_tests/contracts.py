@@ -1,4 +1,4 @@
-"""What every estimator, solver and store must hold: subclass a contract and give it the fixture it asks for."""
+"""What every part must hold: subclass the contract of its interface and give the fixtures that it asks for."""
 
 from __future__ import annotations
 
@@ -403,3 +403,53 @@ class GameContract:
     def test_coalitions_of_other_players_are_refused(self, game):
         with pytest.raises(ValueError, match="coalitions"):
             game(np.ones((1, game.players + 1), np.bool_))
+
+
+class MethodContract:
+    """Give fixtures `kind`, that makes the method, and `problems`: (method, budget=, evaluations=) to a Problem."""
+
+    def test_a_plan_within_the_budget_and_the_same_one_again(self, kind, problems):
+        answers = []
+        for _ in range(2):
+            method = kind()
+            given = problems(method)
+            answers.append(method.allocate(given))
+            asked = given.evaluator.asked + (given.holdout.asked if given.holdout else 0)
+            assert asked + answers[-1].evaluations <= given.evaluations
+        one, two = answers
+        assert one.assignment.dtype == np.int8 and one.assignment.shape == (len(given.space.slots),)
+        assert given.budget.feasible(one.assignment).all()
+        np.testing.assert_array_equal(one.assignment, two.assignment)
+        for ours, theirs in ((one.scores, two.scores), (one.score_errors, two.score_errors)):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                assert ours.shape == given.space.mask.shape
+                np.testing.assert_array_equal(ours, theirs)
+        if one.scores is not None:
+            assert np.isfinite(one.scores[given.space.mask]).all()
+
+    def test_the_model_is_only_read(self, kind, problems):
+        method = kind()
+        given = problems(method)
+        before = {name: tensor.clone() for name, tensor in given.model.model.state_dict().items()}
+        modes = [module.training for module in given.model.model.modules()]
+        method.allocate(given)
+        after = given.model.model.state_dict()
+        assert list(after) == list(before)
+        assert all(tensor.equal(before[name]) for name, tensor in after.items())
+        assert modes == [module.training for module in given.model.model.modules()]
+
+    def test_an_infeasible_budget_is_refused(self, kind, problems):
+        method = kind()
+        with pytest.raises(Infeasible, match=r"^budget: "):
+            method.allocate(problems(method, budget="weight-bits=1.5"))
+
+    def test_few_evaluations_are_enough_or_refused_before_any_is_spent(self, kind, problems):
+        method = kind()
+        given = problems(method, evaluations=3)
+        try:
+            method.allocate(given)
+        except SmpqError as error:
+            assert str(error).startswith("evaluations: 3 ")
+        asked = given.evaluator.asked + (given.holdout.asked if given.holdout else 0)
+        assert asked <= 3

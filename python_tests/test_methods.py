@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import smpq_ext
+from contracts import MethodContract
 from smpq_ext import registry
 from smpq_ext.budget import parse
 from smpq_ext.core import Answer, Infeasible, Problem, SmpqError
@@ -75,45 +79,19 @@ def problem(net: nn.Module, method: object, budget: str = BUDGET, seed: int = 0,
     return Problem(engine.space, parse(budget, engine.space), found[0], found[1], engine, evaluations, seed, apart=0.25)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_the_contract_of_a_method(net: Net, name: str) -> None:
-    """Within the budget, the same answer for the same seed, no more evaluations than allowed, tables of one shape."""
-    kind = registry.find("methods", name)
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    answers: list[Answer] = []
-    for _ in range(2):
-        method = kind()
-        given = problem(net, method)
-        answer = method.allocate(given)
-        asked = given.evaluator.asked + (given.holdout.asked if given.holdout else 0)
-        assert asked + answer.evaluations <= given.evaluations
-        answers.append(answer)
-    a, b = answers
-    assert a.assignment.dtype == np.int8 and a.assignment.shape == (len(given.space.slots),)
-    assert given.budget.feasible(a.assignment).all()
-    assert np.array_equal(a.assignment, b.assignment)
-    for table in (a.scores, a.score_errors):
-        assert table is None or table.shape == given.space.mask.shape
-    if a.scores is not None:
-        assert np.isfinite(a.scores[given.space.mask]).all()
-        assert np.array_equal(a.scores, b.scores)
-    assert kind.__doc__ and not net.training
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+@pytest.fixture(scope="module", params=METHODS)
+def kind(request: pytest.FixtureRequest) -> type:
+    return registry.find("methods", request.param)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_budget_that_cannot_be_met_is_refused(net: Net, name: str) -> None:
-    method = registry.find("methods", name)()
-    with pytest.raises(SmpqError, match=r"budget|weight-bits"):
-        method.allocate(problem(net, method, budget="weight-bits=1.5"))
+@pytest.fixture(scope="module")
+def problems(net: Net) -> Callable[..., Problem]:
+    """A method and what it may spend, to a problem on the trained network."""
+    return functools.partial(problem, net)
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - {"uniform", "random", "gradient", "hessian"}))
-def test_too_few_evaluations_are_refused_or_respected(net: Net, name: str) -> None:
-    method = registry.find("methods", name)()
-    given = problem(net, method, evaluations=3)
-    with pytest.raises(SmpqError, match="evaluations: 3"):
-        method.allocate(given)
+class TestContract(MethodContract):
+    """Every method that the registry finds."""
 
 
 @pytest.mark.parametrize("evaluations", [40, 52, 60, 66, 70, 74, 80, 90, 110, 150, 200])

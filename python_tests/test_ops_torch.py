@@ -68,15 +68,16 @@ def test_opcheck(op: str, dtype: torch.dtype, device: str) -> None:
         torch.library.opcheck(getattr(torch.ops.smpq, op).default, args)
 
 
-def test_opcheck_layers(device: str) -> None:
-    x = torch.randn(3, 2, 4, 5, 5, device=device, requires_grad=True)
-    w = torch.randn(2, 6, 2, 3, 3, device=device, requires_grad=True)
-    bias = torch.randn(6, device=device)
-    torch.library.opcheck(torch.ops.smpq.coalition_conv2d.default, (x, w, bias, [0, 1, 1], [1, 1], [1, 1], [1, 1], 2))
-    torch.library.opcheck(
-        torch.ops.smpq.coalition_linear.default,
-        (torch.randn(3, 2, 4, device=device), torch.randn(2, 6, 4, device=device), None, [1, 1, 0]),
-    )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_opcheck_layers(dtype: torch.dtype, device: str) -> None:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device)
+
+    x, w = random(3, 2, 4, 5, 5).requires_grad_(), random(2, 6, 2, 3, 3).requires_grad_()
+    convolution = (x, w, random(6), [0, 1, 1], [1, 1], [1, 1], [1, 1], 2)
+    torch.library.opcheck(torch.ops.smpq.coalition_conv2d.default, convolution)
+    x, w = random(3, 2, 4).requires_grad_(), random(2, 6, 4).requires_grad_()
+    torch.library.opcheck(torch.ops.smpq.coalition_linear.default, (x, w, None, [1, 1, 0]))
 
 
 def test_schemas_are_those_of_the_reference() -> None:
