@@ -114,6 +114,11 @@ struct ConvolutionArgs {
   int64_t kernel[2], stride[2], pad[2], dilation[2];
   bool depthwise;
   Epilogue epilogue;
+  // Not null: no epilogue, but the products as they are, of the rows from first_row on, and their sums and sums of
+  // squares over each image, exact up to 2^53.
+  float* products;  // [rows, samples, out_height, out_width, channels]
+  double* moments;  // [rows, samples, 2, channels]
+  int64_t first_row;
 };
 
 namespace cpu {

@@ -57,6 +57,7 @@ def convolutions(draw: st.DrawFn) -> tuple[Any, ...]:
     if draw(st.booleans()):
         residual = 100 * torch.randn(2, samples, *size, outs, generator=generator)
         residual_row = integers(0, 2, rows)
+    norm = torch.randn(2, outs, generator=generator).double() if draw(st.booleans()) else None
     return (
         codes,
         integers(0, 256, parents, dtype=torch.uint8),
@@ -66,7 +67,7 @@ def convolutions(draw: st.DrawFn) -> tuple[Any, ...]:
         integers(0, variants, rows),
         torch.rand(rows, outs, generator=generator) * 1e-2,
         torch.randn(rows, outs, generator=generator),
-        *(residual, residual_row),
+        *(norm, 1e-5, residual, residual_row),
         *draw(st.sampled_from([(0.0, 6.0), (-1e30, 1e30), (0.0, 3.4e38)])),
         [*kernel, *stride, *pad, *dilation],
         *(depthwise, draw(st.booleans())),
@@ -120,7 +121,7 @@ def example() -> list[Any]:
         _pack(torch.randint(-7, 8, (2, 6, 4, 3, 3))),
         torch.zeros(2, 16, dtype=torch.int32),
         *(torch.tensor([0, 1]), torch.tensor([1, 1])),
-        *(torch.rand(2, 6), torch.rand(2, 6), None, None, 0.0, 6.0),
+        *(torch.rand(2, 6), torch.rand(2, 6), torch.rand(2, 6).double(), 1e-5, None, None, 0.0, 6.0),
         *([3, 3, 1, 1, 1, 1, 1, 1], False, True, [rows], [grids]),
     ]
 
@@ -144,11 +145,12 @@ def test_opcheck() -> None:
         (4, torch.tensor([0, 2]), r"parent\[1\] is 2"),
         (5, torch.tensor([-1, 0]), r"variant\[0\] is -1"),
         (6, torch.rand(2, 17), "blocks of 16"),
-        (8, torch.zeros(1, 3, 5, 5, 6), "residual"),
-        (12, [9, 9, 1, 1, 0, 0, 1, 1], "weight"),
-        (12, [3, 3, 1, 1], "geometry"),
-        (15, [torch.tensor([0, 5])], r"child_row\[1\] is 5"),
-        (16, [torch.tensor([[0.1, 0, 0, 300], [0.1, 0, 0, 1]])], "0 to 255"),
+        (8, torch.zeros(2, 6), "norm"),
+        (10, torch.zeros(1, 3, 5, 5, 6), "residual"),
+        (14, [9, 9, 1, 1, 0, 0, 1, 1], "weight"),
+        (14, [3, 3, 1, 1], "geometry"),
+        (17, [torch.tensor([0, 5])], r"child_row\[1\] is 5"),
+        (18, [torch.tensor([[0.1, 0, 0, 300], [0.1, 0, 0, 1]])], "0 to 255"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(position: int, value: Any, message: str) -> None:
@@ -255,3 +257,56 @@ def test_wide_slots_and_odd_layers_stay_floating() -> None:
     wide = smpq_ext.evaluator(model, data, bits=(2, 12), fixed={"4": 8})
     assert set(narrow._executor.lockstep.integer.layers) == {1, 2}  # groups of several channels are not there
     assert set(wide._executor.lockstep.integer.layers) == {2}
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("depthwise", [True, False])
+def test_rows_are_normalized_by_their_own_statistics(affine: bool, depthwise: bool) -> None:
+    """What torch's BatchNorm in training mode gives, in float64, for the products of the row."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 6 if depthwise else 19, 3, 1, 1, groups=6 if depthwise else 1)
+    norm = nn.BatchNorm2d(conv.out_channels, eps=1e-3, affine=affine)
+    with torch.no_grad():
+        conv.bias += 5.0  # far from zero: the variance is a small difference of large squares
+        for parameter in norm.parameters():
+            parameter.normal_()
+    x = torch.rand(16, 6, 9, 8)
+    seen: list[Tensor] = []
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        seen.append(outputs)
+        return outputs.square().mean()
+
+    model = nn.Sequential(conv, norm).eval()
+    ev = smpq_ext.evaluator(model, [(x, torch.zeros(16))], bits=(1, 2, 3, 5, 8), loss=loss, fixed={}, renormalize=True)
+    assert ev._executor.lockstep.integer.fused
+    for row in np.ndindex(5, 5):
+        bits = {name: ev.space.candidates[k][row[k]] for k, name in enumerate(ev.slots)}
+        grids = ev.grids_for(bits)
+        with torch.no_grad():
+            x_, w = (
+                _exact(tensor, grids[f"0.{kind}"], axis)
+                for tensor, kind, axis in ((x, "activation", None), (conv.weight, "weight", 0))
+            )
+            y = nn.functional.conv2d(x_, w, conv.bias.double(), 1, 1, 1, conv.groups)
+            expected = nn.functional.batch_norm(
+                y, None, None, *(p.double() if affine else None for p in (norm.weight, norm.bias)), True, 0.0, norm.eps
+            )
+        seen.clear()
+        ev(np.array([row], np.int8))
+        ours = torch.cat(seen)
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+        mean, variance = ev.statistics(np.array(row, np.int8))["1"]
+        np.testing.assert_allclose(mean, y.mean((0, 2, 3)), rtol=1e-5)
+        np.testing.assert_allclose(variance, y.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-12)
+
+
+def _exact(x: Tensor, grid: Any, axis: int | None) -> Tensor:
+    """x on its grid, in float64 without another rounding."""
+    scale, zero_point = torch.from_numpy(grid.scale), torch.from_numpy(grid.zero_point)
+    rounded = smpq_ext.fake_quantize(
+        x, scale, zero_point, quant_min=grid.quant_min, quant_max=grid.quant_max, axis=axis
+    )
+    half = scale.double() / 2  # 1 bit: -1 and 1 half steps
+    half = half if axis is None else half.view(-1, *[1] * (x.dim() - 1))
+    return (rounded.double() / half).round() * half

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from contracts import MethodContract
 from torch import nn
 from torch.nn import functional as F
 
 import smpq_ext
-from contracts import MethodContract
 from smpq_ext import registry
 from smpq_ext.budget import parse
 from smpq_ext.core import Answer, Infeasible, Problem, SmpqError

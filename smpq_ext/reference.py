@@ -174,6 +174,8 @@ def coalition_convolution(
     variant: Tensor,
     scale: Tensor,
     bias: Tensor,
+    norm: Tensor | None,
+    eps: float,
     residual: Tensor | None,
     residual_row: Tensor | None,
     low: float,
@@ -189,7 +191,9 @@ def coalition_convolution(
     codes: uint8 [parents, samples, height, width, channels], channels a multiple of 4; padding: the code of 0, uint8
     [parents]; weight: int8 [variants, blocks of 16 out, taps, channels / 4, 16, 4], or [variants, blocks of 16
     channels, taps, 16] where depthwise; start: int32 [rows, out up to a multiple of 16]; geometry: kernel, stride,
-    padding and dilation, two numbers each. The rest and what is returned: `coalition_epilogue`.
+    padding and dilation, two numbers each. norm: the weight and bias of a normalization by each row's own mean and
+    biased variance, float64 [2, channels], after scale and bias, eps added to the variance. The rest and what is
+    returned: `coalition_epilogue`; after the values stand the rows' means and variances, [rows or 0, 2, channels].
     """
     kernel, stride, pad, dilation = (list(geometry[i : i + 2]) for i in (0, 2, 4, 6))
     if depthwise:
@@ -203,15 +207,26 @@ def coalition_convolution(
         groups = x.shape[1] if depthwise else 1
         product = torch.nn.functional.conv2d(x, kernels[v].double(), None, stride, 0, dilation, groups)
         product = product + start[row, : product.shape[1], None, None]
-        out.append(product[:, : scale.shape[1]].permute(0, 2, 3, 1).float())
+        out.append(product[:, : scale.shape[1]].permute(0, 2, 3, 1))
     if out:
         x = torch.stack(out)
     else:
         sizes = zip(codes.shape[2:4], kernel, stride, pad, dilation, strict=True)
         size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
-        x = scale.new_empty(0, codes.shape[1], *size, scale.shape[1])
-    rows = torch.arange(len(x), device=x.device)
-    return coalition_epilogue(x, rows, scale, bias, residual, residual_row, low, high, values, child_row, child_grid)
+        x = scale.new_empty(0, codes.shape[1], *size, scale.shape[1], dtype=torch.float64)
+    statistics = scale.new_empty(0, 2, scale.shape[1])
+    if norm is not None:
+        step = scale.double()
+        mean = x.mean((1, 2, 3))
+        variance = (x.square().mean((1, 2, 3)) - mean * mean).clamp(min=0) * step * step
+        statistics = torch.stack([mean * step + bias, variance], 1).float()
+        factor = norm[0] / (variance + eps).sqrt()
+        scale, bias = (step * factor).float(), (norm[1] - mean * step * factor).float()
+    y, *found = coalition_epilogue(
+        *(x.float(), torch.arange(len(x), device=x.device), scale, bias, residual, residual_row, low, high),
+        *(values, child_row, child_grid),
+    )
+    return [y, statistics, *found]
 
 
 def coalition_epilogue(

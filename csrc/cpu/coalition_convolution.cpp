@@ -108,29 +108,67 @@ void multiply_depthwise(const uint8_t* x, int64_t step, const Image& image, cons
   }
 }
 
-// What a row does to the blocks of output channels that are computed together.
+using Doubles = double __attribute__((vector_size(kLanes * sizeof(double))));
+
+// What an image of a row meets in the blocks of output channels that are computed together.
 template <int blocks>
 struct Block {
-  int64_t row, first;  // channel
+  int64_t row, sample, first;  // channel
+  int lanes;                   // channels that are there
   const int8_t* weight;
   const int32_t* start;
   float scale[blocks * kLanes], bias[blocks * kLanes];
+  double sum[blocks * kLanes], square[blocks * kLanes];
 
-  Block(const ConvolutionArgs& a, int64_t row_, int64_t block, int64_t taps) : row(row_), first(block * kLanes) {
+  Block(const ConvolutionArgs& a, int64_t row_, int64_t sample_, int64_t block, int64_t taps)
+      : row(row_), sample(sample_), first(block * kLanes) {
     weight = a.weight + (a.variant[row] * a.outs + block) * taps * kLanes * (a.depthwise ? 1 : a.channels);
     start = a.start + row * a.outs * kLanes + first;
     const Epilogue& e = a.epilogue;
-    for (int k = 0; k < blocks * kLanes; ++k) {
-      const bool there = first + k < e.channels;
-      scale[k] = there ? e.scale[row * e.channels + first + k] : 0;
-      bias[k] = there ? e.bias[row * e.channels + first + k] : 0;
-    }
+    lanes = static_cast<int>(std::min<int64_t>(blocks * kLanes, e.channels - first));
+    std::fill_n(sum, blocks * kLanes, 0.0);
+    std::fill_n(square, blocks * kLanes, 0.0);
+    std::fill_n(scale, blocks * kLanes, 0.0f);
+    std::fill_n(bias, blocks * kLanes, 0.0f);
+    if (a.products) return;
+    std::copy_n(e.scale + row * e.channels + first, lanes, scale);
+    std::copy_n(e.bias + row * e.channels + first, lanes, bias);
+  }
+
+  void write_moments(const ConvolutionArgs& a) const {
+    const int64_t channels = a.epilogue.channels;
+    double* to = a.moments + ((row - a.first_row) * a.samples + sample) * 2 * channels + first;
+    std::copy_n(sum, lanes, to);
+    std::copy_n(square, lanes, to + channels);
   }
 };
 
+// The products of T pixels as they are, and their moments.
 template <int T, int blocks>
-void tile(const ConvolutionArgs& a, const Image& image, const Block<blocks>& b, int64_t sample, int64_t oy,
-          int64_t ox) {
+void keep(const ConvolutionArgs& a, Block<blocks>& b, int64_t pixel, const int32_t (&products)[T][blocks * kLanes]) {
+  const int64_t channels = a.epilogue.channels;
+  float* to = a.products + ((b.row - a.first_row) * a.epilogue.pixels + pixel) * channels + b.first;
+  for (int o = 0; o < blocks; ++o) {
+    const int n = std::min(kLanes, b.lanes - o * kLanes);
+    Doubles sum, square;
+    load(sum, b.sum + o * kLanes);
+    load(square, b.square + o * kLanes);
+    for (int t = 0; t < T; ++t) {
+      Ints product;
+      load(product, products[t] + o * kLanes);
+      const Doubles exact = __builtin_convertvector(product, Doubles);
+      sum += exact;
+      square += exact * exact;
+      const Floats rounded = __builtin_convertvector(product, Floats);
+      std::memcpy(to + t * channels + o * kLanes, &rounded, n == kLanes ? sizeof rounded : n * sizeof(float));
+    }
+    std::memcpy(b.sum + o * kLanes, &sum, sizeof sum);
+    std::memcpy(b.square + o * kLanes, &square, sizeof square);
+  }
+}
+
+template <int T, int blocks>
+void tile(const ConvolutionArgs& a, const Image& image, Block<blocks>& b, int64_t oy, int64_t ox) {
   const int64_t step = a.stride[1] * a.channels;
   const uint8_t* x = image.codes + oy * a.stride[0] * image.row_bytes + ox * step + (a.depthwise ? b.first : 0);
   int32_t products[T][blocks * kLanes];
@@ -140,7 +178,8 @@ void tile(const ConvolutionArgs& a, const Image& image, const Block<blocks>& b, 
     multiply<T, blocks>(a, x, step, image, b.weight, b.start, products);
   }
   const Epilogue& e = a.epilogue;
-  const int64_t pixel = (sample * a.out_height + oy) * a.out_width + ox;
+  const int64_t pixel = (b.sample * a.out_height + oy) * a.out_width + ox;
+  if (a.products) return keep<T, blocks>(a, b, pixel, products);
   for (int o = 0; o < blocks; ++o) {
     const int64_t channel = b.first + o * kLanes;
     Floats scale, bias;
@@ -162,11 +201,10 @@ void tile(const ConvolutionArgs& a, const Image& image, const Block<blocks>& b, 
 }
 
 template <int blocks, int T>
-void line(const ConvolutionArgs& a, const Image& image, const Block<blocks>& b, int64_t sample, int64_t oy,
-          int64_t ox) {
-  for (; ox + T <= a.out_width; ox += T) tile<T, blocks>(a, image, b, sample, oy, ox);
+void line(const ConvolutionArgs& a, const Image& image, Block<blocks>& b, int64_t oy, int64_t ox) {
+  for (; ox + T <= a.out_width; ox += T) tile<T, blocks>(a, image, b, oy, ox);
   if constexpr (T > 1) {
-    if (ox < a.out_width) line<blocks, T / 2>(a, image, b, sample, oy, ox);
+    if (ox < a.out_width) line<blocks, T / 2>(a, image, b, oy, ox);
   }
 }
 
@@ -174,8 +212,9 @@ void line(const ConvolutionArgs& a, const Image& image, const Block<blocks>& b, 
 template <int blocks, int T>
 void channels(const ConvolutionArgs& a, const Image& image, int64_t row, int64_t sample, int64_t& block) {
   for (; block + blocks <= a.outs; block += blocks) {
-    const Block<blocks> b(a, row, block, image.tap_count);
-    for (int64_t oy = 0; oy < a.out_height; ++oy) line<blocks, T>(a, image, b, sample, oy, 0);
+    Block<blocks> b(a, row, sample, block, image.tap_count);
+    for (int64_t oy = 0; oy < a.out_height; ++oy) line<blocks, T>(a, image, b, oy, 0);
+    if (a.products) b.write_moments(a);
   }
 }
 

@@ -361,8 +361,8 @@ class TorchEvaluator:
 
         executor = self._executor
         norms = {name: m for name, m in executor.model.named_modules() if isinstance(m, _BatchNorm)}
-        kept = {name: m for name, m in norms.items() if name not in executor.norms}
-        lockstep = Lockstep(graph, executor.layers, executor.norms, Integer(graph, executor.layers, kept))
+        integer = Integer(graph, executor.layers, norms, executor.norms)
+        lockstep = Lockstep(graph, executor.layers, executor.norms, integer)
         rng = np.random.default_rng(0)
         rows = rng.integers(0, self.space.highest() + 1, (3, len(self.slots)))
         few = min(batch.size, MERGE)
@@ -370,7 +370,6 @@ class TorchEvaluator:
             swapped = executor.forward(batch, 0, few)
             executor.lockstep = lockstep
             executor.lockstep.load(executor.choices)
-            executor.renormalize = self.renormalize
             if not _close(executor.forward(batch, 0, few), swapped):
                 executor.lockstep = None
                 self.notes += ("its captured graph gives other values, coalitions are folded into the batch",)
@@ -427,7 +426,7 @@ class _Loaded:
     """The executor with these rows, given back as it was, also after an exception."""
 
     def __init__(self, owner: TorchEvaluator, rows: NDArray[np.float32]) -> None:
-        self.executor, self.mixtures, self.renormalize = owner._executor, owner._by_slot(rows), owner.renormalize
+        self.executor, self.mixtures = owner._executor, owner._by_slot(rows)
         self.assigned: dict[str, NDArray[np.int64]] | None = None
         if owner.space.is_one_hot(rows).all():
             self.assigned = {name: np.zeros(len(rows), np.int64) for name in owner.slot_grids}
@@ -435,11 +434,9 @@ class _Loaded:
 
     def __enter__(self) -> None:
         self.executor.load(self.mixtures, self.assigned)
-        self.executor.renormalize = self.renormalize
 
     def __exit__(self, *_: object) -> None:
         self.executor.unload()
-        self.executor.renormalize = False
 
 
 def _captured(model: nn.Module, layers: list[Layer], grids: Mapping[str, Grids], batch: Batch) -> Graph | str:

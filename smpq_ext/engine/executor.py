@@ -40,7 +40,6 @@ class Executor:
         self.model = model
         self.parent = torch.empty(0, dtype=torch.int64)  # [rows]: every row descends from itself
         self.rows = 0  # 0: the float model
-        self.renormalize = False
         self.statistics: dict[str, tuple[Tensor, Tensor]] | None = None  # filled by the norms while it is a dict
         self.channels_last = False
         self.lockstep: Lockstep | None = None  # runs the rows where the model could be captured
@@ -102,7 +101,7 @@ class Executor:
         if self.channels_last and isinstance(inputs, Tensor) and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         if lockstep is not None:
-            return lockstep(inputs, stop - start, self.renormalize)
+            return lockstep(inputs, stop - start)
         return call(model or self.model, inputs)
 
     def first_non_finite(self, batch: Batch, start: int, stop: int) -> str | None:
@@ -213,7 +212,7 @@ class QuantizedLayer:
 
 
 class RowNorm:
-    """Takes the place of a BatchNorm's forward in the copy: while renormalizing, each row has its own statistics."""
+    """Takes the place of a BatchNorm's forward in the copy: each row has statistics of its own."""
 
     def __init__(self, executor: Executor, name: str, module: nn.Module) -> None:
         self.executor, self.name, self.original = executor, name, module.forward
@@ -221,20 +220,23 @@ class RowNorm:
         module.forward = self  # type: ignore[method-assign, assignment]
 
     def __call__(self, x: Tensor) -> Tensor:
-        ex = self.executor
-        return self.original(x) if not ex.renormalize or ex.rows == 0 else self.by_row(x, ex.rows)
+        n = self.executor.rows
+        return self.by_row(x, n) if n else self.original(x)
 
     def by_row(self, x: Tensor, n: int) -> Tensor:
         """Each of n rows normalized by its own statistics, [n * samples, ...]."""
-        ex, m = self.executor, self.module
+        m = self.module
         out = []
         for row in x.chunk(n):
             y, mean, inverse = torch.native_batch_norm(row, m.weight, m.bias, None, None, True, 0.0, m.eps)
             out.append(y)
-            if ex.statistics is not None:
-                # The biased variance, as it was divided by: the applied model then gives the value that was searched.
-                ex.statistics[self.name] = (mean, (inverse.double() ** -2 - m.eps).clamp(min=0).float())
+            self.record(mean, (inverse.double() ** -2 - m.eps).clamp(min=0).float())
         return torch.cat(out) if len(out) > 1 else out[0]
+
+    def record(self, mean: Tensor, variance: Tensor) -> None:
+        """Keep what a row was normalized by: with the biased variance an applied model gives the searched value."""
+        if self.executor.statistics is not None:
+            self.executor.statistics[self.name] = mean, variance
 
 
 class Meter(TorchDispatchMode):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,13 +86,21 @@ class Call:
     variant: Tensor  # [rows]
     scale: Tensor  # [rows, channels]
     bias: Tensor  # [rows, channels]
+    norm: Tensor | None  # weight and bias of a normalization by each row's own statistics, [2, channels]
+    eps: float
 
 
 class Integer:
     """What of a graph runs in integers: fused calls by their last step, and the readers of codes by what they read."""
 
-    def __init__(self, graph: Graph, layers: Sequence[QuantizedLayer], norms: Mapping[str, _BatchNorm]) -> None:
-        self.graph, self.norms = graph, norms
+    def __init__(
+        self,
+        graph: Graph,
+        layers: Sequence[QuantizedLayer],
+        norms: Mapping[str, _BatchNorm],
+        renormalized: Container[str],
+    ) -> None:
+        self.graph, self.norms, self.renormalized = graph, norms, renormalized
         self.layers: dict[int, IntegerLayer] = {}
         for k, layer in enumerate(layers):
             try:
@@ -149,25 +157,26 @@ class Integer:
         self.fused[last] = Fused(i, layer, steps[i].operands[0], norm, residual, low, high)
         self.absorbed.update(members[:-1])
 
-    def affine(self, fused: Fused) -> tuple[Tensor, Tensor]:
-        """What a normalization with kept statistics multiplies by and adds, float64 [channels]."""
+    def _norm(self, fused: Fused) -> tuple[Tensor, float]:
+        """Weight and bias of a call's normalization, float64 [2, channels], and what it adds to the variance."""
+        plain = torch.stack([torch.ones_like(fused.layer.bias), torch.zeros_like(fused.layer.bias)])
         if fused.norm is None:
-            return torch.ones_like(fused.layer.bias), torch.zeros_like(fused.layer.bias)
+            return plain, 0.0
         m = self.norms[fused.norm]
-        assert m.running_mean is not None and m.running_var is not None
-        factor = (m.running_var.double() + m.eps).rsqrt()
-        offset = -m.running_mean.double() * factor
-        if m.weight is not None:
-            factor, offset = factor * m.weight.detach().double(), offset * m.weight.detach().double()
-        return factor, offset if m.bias is None else offset + m.bias.detach().double()
+        given = [y if x is None else x.detach().double() for x, y in zip((m.weight, m.bias), plain, strict=True)]
+        return torch.stack(given), m.eps
 
     def call(self, fused: Fused, parent: Tensor, activation: Tensor, weight: Tensor) -> Call:
         """The tensors of a call: codes on the grids `activation` [parents], rows `parent` [n], weights `weight` [n]."""
         layer = fused.layer
         grids = layer.grids[activation]
-        factor, offset = self.affine(fused)
-        scale = grids[parent, :1].double() * layer.scale[weight] * factor
-        bias = (layer.bias * factor + offset).expand_as(scale)
+        scale, bias = grids[parent, :1].double() * layer.scale[weight], layer.bias
+        norm, eps = self._norm(fused)
+        if fused.norm is not None and fused.norm not in self.renormalized:
+            m = self.norms[fused.norm]
+            assert m.running_mean is not None and m.running_var is not None
+            factor = norm[0] * (m.running_var.double() + eps).rsqrt()
+            scale, bias = scale * factor, (bias - m.running_mean.double()) * factor + norm[1]
         zero = grids[:, 1].int()
         return Call(
             padding=zero.to(torch.uint8),
@@ -175,7 +184,9 @@ class Integer:
             parent=parent,
             variant=weight,
             scale=scale.float().contiguous(),
-            bias=bias.float().contiguous(),
+            bias=bias.float().expand_as(scale).contiguous(),
+            norm=norm if fused.norm in self.renormalized else None,
+            eps=eps,
         )
 
 

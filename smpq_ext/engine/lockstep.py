@@ -83,7 +83,7 @@ class Lockstep:
     def unload(self) -> None:
         self.rows, self._descent, self._calls, self._children = [], {}, {}, {}
 
-    def __call__(self, inputs: Any, samples: int, renormalize: bool) -> Any:
+    def __call__(self, inputs: Any, samples: int) -> Any:
         """The outputs for the inputs of one row, [n * samples, ...], n coalitions being loaded."""
         graph = self.graph
         values: dict[int, Any] = {**graph.constants, **dict(enumerate(leaves(inputs)))}
@@ -100,7 +100,7 @@ class Lockstep:
             else:
                 read = {j: self._descend(values[j], graph.steps[j].place, step.place) for j in step.operands}
                 args = fill(step.args, read, count * samples)
-                if renormalize and step.norm in self.norms:
+                if step.norm in self.norms:
                     values[k] = self.norms[step.norm].by_row(args[0], count)
                 else:
                     values[k] = step.target(*args, **fill(step.kwargs, read, count * samples))
@@ -123,10 +123,13 @@ class Lockstep:
         out = torch.ops.smpq.coalition_convolution(
             codes.pop(fused.step),
             *(call.padding, fused.layer.packed, call.start, call.parent, call.variant, call.scale, call.bias),
-            *(residual, residual_row, fused.low, fused.high, fused.layer.geometry, fused.layer.depthwise, wanted),
+            *(call.norm, call.eps, residual, residual_row, fused.low, fused.high),
+            *(fused.layer.geometry, fused.layer.depthwise, wanted),
             *self._children.get(last, ([], [])),
         )
-        codes.update(zip(self.integer.consumers[last], out[1:], strict=True))
+        if fused.norm in self.norms:
+            self.norms[fused.norm].record(*out[1][-1])
+        codes.update(zip(self.integer.consumers[last], out[2:], strict=True))
         if not wanted:
             return None
         if fused.layer.conv2d:
