@@ -1,68 +1,35 @@
 // coalition_convolution: schema, checks, and the way from tensors to the kernel's arguments.
 #include "epilogue.h"
 
-#include <cmath>
-
 namespace smpq {
 namespace {
 
 constexpr const char* op = "coalition_convolution";
 
-constexpr int64_t kProducts = 8 << 20;  // bytes of the rows that are normalized together, while a cache holds them
-
 int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
   return (size + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
 }
 
-// What normalizes a row by the moments of its products, and the statistics of the layer's output.
-//
-// scale and bias [channels] come in as those of the layer, and leave as what makes a product the normalized output.
-void normalize(const ConvolutionArgs& a, int64_t row, const double* norm, double eps, float* scale, float* bias,
-               float* statistics) {
-  const int64_t channels = a.epilogue.channels, count = a.samples * a.out_height * a.out_width;
-  std::vector<double> total(2 * channels, 0.0);
-  const double* moments = a.moments + (row - a.first_row) * a.samples * 2 * channels;
-  for (int64_t k = 0; k < a.samples * 2 * channels; ++k) total[k % (2 * channels)] += moments[k];
-  for (int64_t c = 0; c < channels; ++c) {
-    const double mean = total[c] / count, step = scale[c];
-    const double variance = std::max(total[channels + c] / count - mean * mean, 0.0) * step * step;
-    const double factor = norm[c] / std::sqrt(variance + eps);
-    statistics[c] = static_cast<float>(mean * step + bias[c]);
-    statistics[channels + c] = static_cast<float>(variance);
-    scale[c] = static_cast<float>(step * factor);
-    bias[c] = static_cast<float>(norm[channels + c] - mean * step * factor);
-  }
-}
-
-// Rows whose products fit a cache together: multiplied, normalized by their own statistics, and finished.
-void run_normalized(ConvolutionArgs a, const Tensor& like, const double* norm, double eps, float* scale, float* bias,
-                    float* statistics) {
+// Rows whose products a cache holds together are multiplied, normalized by their own statistics, and finished.
+void run_normalized(ConvolutionArgs a, const Tensor& like, const Normalization& norm) {
   Epilogue& e = a.epilogue;
-  const int64_t size = e.pixels * e.channels;
-  const int64_t group =
-      std::clamp<int64_t>(kProducts / (4 * std::max<int64_t>(size, 1)), 1, std::max<int64_t>(a.rows, 1));
-  const Tensor products = torch::stable::new_empty(like, {group * size}, ScalarType::Float);
-  const Tensor moments = new_float64(like, {group * a.samples * 2 * e.channels});
+  const int64_t group = norm.rows_together(e, a.rows), parts = a.samples * 2 * e.channels;
+  const Tensor products = torch::stable::new_empty(like, {group * e.pixels * e.channels}, ScalarType::Float);
+  const Tensor moments = new_float64(like, {group * parts});
   a.products = mutable_data<float>(products);
   a.moments = mutable_data<double>(moments);
-  e.scale = scale;
-  e.bias = bias;
   std::vector<int64_t> parent(a.rows);
   for (int64_t row = 0; row < a.rows; ++row) parent[row] = row % group;
-  const EpilogueArgs finish{a.products, parent.data(), a.rows, e};
-  const int64_t units = cpu::epilogue_units(e);
+  const EpilogueArgs rest{a.products, parent.data(), a.rows, e};
   for (a.first_row = 0; a.first_row < a.rows; a.first_row += group) {
     const int64_t end = std::min(a.first_row + group, a.rows);
     torch::stable::parallel_for(a.first_row * a.samples, end * a.samples, 1, [&](int64_t first, int64_t last) {
       SMPQ_ON_CPU(coalition_convolution, a, first, last);
     });
     for (int64_t row = a.first_row; row < end; ++row) {
-      normalize(a, row, norm, eps, scale + row * e.channels, bias + row * e.channels,
-                statistics + row * 2 * e.channels);
+      norm.apply(row, a.moments + (row - a.first_row) * parts, a.samples, e);
     }
-    torch::stable::parallel_for(a.first_row * units, end * units, 4, [&](int64_t first, int64_t last) {
-      SMPQ_ON_CPU(coalition_epilogue, finish, first, last);
-    });
+    finish_rows(rest, a.first_row, end);
   }
 }
 
@@ -112,9 +79,17 @@ std::vector<Tensor> coalition_convolution(const Tensor& codes, const Tensor& pad
   check_indices(op, variant, "variant", weight.size(0));
   a.out_height = out_size(a.height, a.kernel[0], a.stride[0], a.pad[0], a.dilation[0]);
   a.out_width = out_size(a.width, a.kernel[1], a.stride[1], a.pad[1], a.dilation[1]);
-  SMPQ_CHECK(a.out_height > 0 && a.out_width > 0, op, ": the kernel is larger than the padded codes ", shape_of(codes));
-  EpilogueTensors made = make_epilogue(op, codes, a.rows, {a.samples, a.out_height, a.out_width}, channels, scale, bias,
-                                       residual, residual_row, low, high, values, child_row, child_grid);
+  const auto fits = [](int64_t size, int64_t kernel, int64_t pad, int64_t dilation) {
+    return size + 2 * pad > dilation * (kernel - 1);
+  };
+  SMPQ_CHECK(
+      fits(a.height, a.kernel[0], a.pad[0], a.dilation[0]) && fits(a.width, a.kernel[1], a.pad[1], a.dilation[1]), op,
+      ": the kernel is larger than the padded codes ", shape_of(codes));
+  const Normalization normalization(op, codes, norm, eps, a.rows, channels, scale, bias);
+  EpilogueTensors made =
+      make_epilogue(op, codes, a.rows, {a.samples, a.out_height, a.out_width}, channels, normalization.scale,
+                    normalization.bias, residual, residual_row, low, high, values, child_row, child_grid);
+  made.out.insert(made.out.begin() + 1, normalization.statistics);
   a.epilogue = made.epilogue;
   a.codes = data<uint8_t>(codes);
   a.weight = data<int8_t>(weight);
@@ -122,13 +97,8 @@ std::vector<Tensor> coalition_convolution(const Tensor& codes, const Tensor& pad
   a.start = data<int32_t>(start);
   a.parent = data<int64_t>(parent);
   a.variant = data<int64_t>(variant);
-  const Tensor statistics = torch::stable::new_empty(scale, {norm ? a.rows : 0, 2, channels}, ScalarType::Float);
-  made.out.insert(made.out.begin() + 1, statistics);
   if (norm) {
-    check_tensor(op, *norm, "norm", ScalarType::Double, {2, channels});
-    const Tensor own_scale = copy_as(scale, scale), own_bias = copy_as(bias, bias);
-    run_normalized(a, codes, data<double>(*norm), eps, mutable_data<float>(own_scale), mutable_data<float>(own_bias),
-                   mutable_data<float>(statistics));
+    run_normalized(a, codes, normalization);
     return made.out;
   }
   torch::stable::parallel_for(0, a.rows * a.samples, 1,

@@ -4,20 +4,45 @@
 namespace smpq {
 namespace {
 
+// Rows that a cache holds together are normalized by their own statistics, and finished.
+void run_normalized(const EpilogueArgs& a, const Tensor& like, const Normalization& norm) {
+  const Epilogue& e = a.epilogue;
+  const int64_t group = norm.rows_together(e, a.rows), units = cpu::epilogue_units(e);
+  const Tensor kept = new_float64(like, {group * units * 2 * e.channels});
+  double* moments = mutable_data<double>(kept);
+  for (int64_t start = 0; start < a.rows; start += group) {
+    const int64_t end = std::min(start + group, a.rows);
+    torch::stable::parallel_for(0, (end - start) * units, 4, [&](int64_t first, int64_t last) {
+      SMPQ_ON_CPU(coalition_moments, a, start, moments, first, last);
+    });
+    for (int64_t row = start; row < end; ++row) {
+      norm.apply(row, moments + (row - start) * units * 2 * e.channels, units, e);
+    }
+    finish_rows(a, start, end);
+  }
+}
+
 std::vector<Tensor> coalition_epilogue(const Tensor& x, const Tensor& parent, const OptionalTensor& scale,
-                                       const OptionalTensor& bias, const OptionalTensor& residual,
-                                       const OptionalTensor& residual_row, double low, double high, bool values,
-                                       const std::vector<Tensor>& child_row, const std::vector<Tensor>& child_grid) {
+                                       const OptionalTensor& bias, const OptionalTensor& norm, double eps,
+                                       const OptionalTensor& residual, const OptionalTensor& residual_row, double low,
+                                       double high, bool values, const std::vector<Tensor>& child_row,
+                                       const std::vector<Tensor>& child_grid) {
   const char* op = "coalition_epilogue";
   check_tensor(op, x, "x", ScalarType::Float, {-1, -1, -1, -1, -1});
   const int64_t rows = parent.numel();
   check_tensor(op, parent, "parent", ScalarType::Long, {rows});
   check_indices(op, parent, "parent", x.size(0));
-  const EpilogueTensors made = make_epilogue(op, x, rows, {x.size(1), x.size(2), x.size(3)}, x.size(4), scale, bias,
-                                             residual, residual_row, low, high, values, child_row, child_grid);
+  const Normalization normalization(op, x, norm, eps, rows, x.size(4), scale, bias);
+  EpilogueTensors made =
+      make_epilogue(op, x, rows, {x.size(1), x.size(2), x.size(3)}, x.size(4), normalization.scale, normalization.bias,
+                    residual, residual_row, low, high, values, child_row, child_grid);
   const EpilogueArgs args{data<float>(x), data<int64_t>(parent), rows, made.epilogue};
-  torch::stable::parallel_for(0, rows * cpu::epilogue_units(args.epilogue), 4,
-                              [&](int64_t first, int64_t last) { SMPQ_ON_CPU(coalition_epilogue, args, first, last); });
+  made.out.insert(made.out.begin() + 1, normalization.statistics);
+  if (norm) {
+    run_normalized(args, x, normalization);
+  } else {
+    finish_rows(args, 0, rows);
+  }
   return made.out;
 }
 
@@ -25,8 +50,9 @@ std::vector<Tensor> coalition_epilogue(const Tensor& x, const Tensor& parent, co
 
 STABLE_TORCH_LIBRARY_FRAGMENT(SMPQ_LIBRARY, m) {
   m.def(
-      "coalition_epilogue(Tensor x, Tensor parent, Tensor? scale, Tensor? bias, Tensor? residual, Tensor? "
-      "residual_row, float low, float high, bool values, Tensor[] child_row, Tensor[] child_grid) -> Tensor[]");
+      "coalition_epilogue(Tensor x, Tensor parent, Tensor? scale, Tensor? bias, Tensor? norm, float eps, Tensor? "
+      "residual, Tensor? residual_row, float low, float high, bool values, Tensor[] child_row, Tensor[] child_grid) -> "
+      "Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(SMPQ_LIBRARY, CPU, m) { m.impl("coalition_epilogue", TORCH_BOX(&coalition_epilogue)); }

@@ -1,6 +1,8 @@
 // From tensors to the arguments of an Epilogue, for the ops that end in one.
 #pragma once
 
+#include <cmath>
+
 #include "tensor.h"
 
 namespace smpq {
@@ -95,6 +97,78 @@ inline EpilogueTensors make_epilogue(const char* op, const Tensor& like, int64_t
   e.child_begin = begin.data();
   e.children = made.children.data();
   return made;
+}
+
+// Every row by its own mean and biased variance: their moments become the rows' scale and bias.
+class Normalization {
+ public:
+  std::optional<Tensor> scale, bias;  // [rows, channels]; where there is a norm, of its own, filled by `apply`
+  Tensor statistics;                  // [rows, 2, channels]: means and variances; no rows where there is no norm
+
+  // norm: float64 [2, channels], weight and bias, after those of the values.
+  Normalization(const char* op, const Tensor& like, const OptionalTensor& norm, double eps, int64_t rows,
+                int64_t channels, const OptionalTensor& scale_, const OptionalTensor& bias_)
+      : scale(scale_),
+        bias(bias_),
+        statistics(torch::stable::new_empty(like, {norm ? rows : 0, 2, channels}, ScalarType::Float)),
+        norm_(norm),
+        eps_(eps),
+        channels_(channels) {
+    if (!norm) return;
+    check_tensor(op, *norm, "norm", ScalarType::Double, {2, channels});
+    const std::vector<int64_t> size{rows, channels};
+    const auto own = [&](const OptionalTensor& given, float otherwise) {
+      const Tensor made = torch::stable::new_empty(like, size, ScalarType::Float);
+      std::fill_n(mutable_data<float>(made), made.numel(), otherwise);
+      if (given) {
+        check_tensor(op, *given, "scale or bias", ScalarType::Float, size);
+        std::copy_n(data<float>(*given), made.numel(), mutable_data<float>(made));
+      }
+      return made;
+    };
+    scale = own(scale_, 1.0f);
+    bias = own(bias_, 0.0f);
+  }
+
+  // So many rows that a cache still holds them when they are read for the second time.
+  int64_t rows_together(const Epilogue& e, int64_t rows) const {
+    constexpr int64_t kCached = 8 << 20;  // bytes
+    const int64_t row = std::max<int64_t>(e.pixels * e.channels * 4, 1);
+    return std::clamp<int64_t>(kCached / row, 1, std::max<int64_t>(rows, 1));
+  }
+
+  // moments: [parts, 2, channels] of the row.
+  void apply(int64_t row, const double* moments, int64_t parts, const Epilogue& e) const {
+    std::vector<double> total(2 * channels_, 0.0);
+    for (int64_t part = 0; part < parts; ++part) {
+      for (int64_t c = 0; c < 2 * channels_; ++c) total[c] += *moments++;
+    }
+    const double* affine = data<double>(*norm_);
+    float* row_scale = mutable_data<float>(*scale) + row * channels_;
+    float* row_bias = mutable_data<float>(*bias) + row * channels_;
+    float* found = mutable_data<float>(statistics) + row * 2 * channels_;
+    for (int64_t c = 0; c < channels_; ++c) {
+      const double mean = total[c] / e.pixels, step = row_scale[c];
+      const double variance = std::max(total[channels_ + c] / e.pixels - mean * mean, 0.0) * step * step;
+      const double factor = affine[c] / std::sqrt(variance + eps_);
+      found[c] = static_cast<float>(mean * step + row_bias[c]);
+      found[channels_ + c] = static_cast<float>(variance);
+      row_scale[c] = static_cast<float>(step * factor);
+      row_bias[c] = static_cast<float>(affine[channels_ + c] - mean * step * factor);
+    }
+  }
+
+ private:
+  OptionalTensor norm_;
+  double eps_;
+  int64_t channels_;
+};
+
+// The epilogue of rows [first_row, last_row), shared out over threads.
+inline void finish_rows(const EpilogueArgs& args, int64_t first_row, int64_t last_row) {
+  const int64_t units = cpu::epilogue_units(args.epilogue);
+  torch::stable::parallel_for(first_row * units, last_row * units, 4,
+                              [&](int64_t first, int64_t last) { SMPQ_ON_CPU(coalition_epilogue, args, first, last); });
 }
 
 }  // namespace smpq

@@ -141,6 +141,9 @@ const char* isa_name();
   void quantization_error(const QuantizationErrorArgs<T, C, Z>&, int64_t first_piece, int64_t last_piece);         \
   void coalition_convolution(const ConvolutionArgs&, int64_t first_image, int64_t last_image);                     \
   void coalition_epilogue(const EpilogueArgs&, int64_t first_unit, int64_t last_unit);                             \
+  /* units: from first_row on; moments: [units, 2, channels], sums and sums of squares of the values */            \
+  void coalition_moments(const EpilogueArgs&, int64_t first_row, double* moments, int64_t first_unit,              \
+                         int64_t last_unit);                                                                       \
   }
 SMPQ_DECLARE(baseline)
 SMPQ_DECLARE(avx2)

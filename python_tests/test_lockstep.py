@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import odd_models
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 import smpq_ext
 from smpq_ext import _C
+from smpq_ext.core import Plan, SmpqError
+from smpq_ext.engine.executor import Meter
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -119,3 +122,97 @@ def test_chains_compute_what_their_rows_share_once() -> None:
     ev._executor.load(ev._by_slot(ev.space.one_hot(chain)), dict(zip(ev.slots, chain.T.astype(np.int64), strict=True)))
     counts = [len(rows.coalition) for rows in lockstep.rows]
     assert counts == list(range(1, n + 2))
+
+
+def first_output(outputs: Any, targets: Tensor) -> Tensor:
+    """Cross-entropy of a model's first output."""
+    return nn.functional.cross_entropy(outputs[0] if isinstance(outputs, tuple) else outputs, targets)
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("name", odd_models.MODELS)
+def test_odd_models_have_the_values_of_a_plain_loop(name: str, renormalize: bool) -> None:
+    """Assignments in integers, mixtures in floating point, whether or not the model could be captured."""
+    model, data = odd_models.build(name)
+    if renormalize and not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        pytest.skip("no BatchNorm")
+    ev = smpq_ext.evaluator(model, data, bits=(3, 8), loss=first_output, fixed={}, renormalize=renormalize)
+    assert (ev._executor.lockstep is None) == (name in odd_models.FALL_BACK), ev.notes
+    assert odd_models.FALL_BACK.get(name, "") in " ".join(ev.notes)
+    rng = np.random.default_rng(0)
+    rows = np.concatenate([ev.space.lowest()[None], ev.space.highest()[None], rng.integers(0, 2, (5, len(ev.slots)))])
+    for row, value in zip(rows, ev(rows.astype(np.int8)), strict=True):
+        widths = ev.space.bits(row.astype(np.int8))
+        plan = Plan("", 0, ev.fingerprint, widths, ev.grids_for(widths), ev.statistics(row.astype(np.int8)))
+        assert -value == pytest.approx(ev.loss_of(smpq_ext.apply(model, plan)), rel=2e-3)
+    mixtures = ev.space.one_hot(rows)
+    mixtures[:, 0] = 0.5
+    values = ev.by_group(mixtures)
+    ev._executor.lockstep = None
+    np.testing.assert_allclose(values, ev.by_group(mixtures), rtol=1e-5)
+
+
+def test_a_block_of_a_residual_network_is_two_calls() -> None:
+    model, data = odd_models.build("residual_blocks")
+    for renormalize in (False, True):
+        ev = smpq_ext.evaluator(model, data, bits=(3, 8), fixed={}, renormalize=renormalize)
+        lockstep = ev._executor.lockstep
+        fused = list(lockstep.integer.fused.values())
+        assert [f.norm is not None for f in fused] == [False, *[True] * 4, False]
+        assert [f.residual is not None for f in fused] == [False, False, True, False, True, False]
+        assert [f.low for f in fused] == [0, 0, 0, 0, 0, -np.inf]
+        left = {
+            step.target
+            for k, step in enumerate(lockstep.graph.steps)
+            if k not in lockstep.integer.absorbed and k not in lockstep.integer.fused and step.place is not None
+        }
+        assert torch.ops.aten.add.Tensor not in left and torch.ops.aten.relu.default not in left
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_nan_between_two_integer_layers_is_an_error_that_names_its_row(residual: bool) -> None:
+    """Codes cannot be NaN: what a floating step makes of it must not be forgotten."""
+
+    class Divides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6, bias=False), nn.Linear(6, 6)
+            self.c = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            y = y / y.abs().sum(1, keepdim=True)
+            return self.c(self.b(x) + y if residual else self.b(y))
+
+    torch.manual_seed(0)
+    x = torch.randn(16, 6)
+    x[5] /= 20  # all zeros at two bits
+    ev = smpq_ext.evaluator(Divides(), [(x, torch.randint(0, 4, (16,)))], bits=(2, 8), fixed={})
+    assert any(f.residual is not None for f in ev._executor.lockstep.integer.fused.values()) == residual
+    rows = np.ones((3, len(ev.slots)), np.int8)
+    rows[1, 0] = 0
+    assert np.isfinite(ev(rows[[0, 2]])).all()
+    rows[2, ev.slots.index("a.activation")] = 0
+    with pytest.raises(SmpqError, match=r"loss: the loss of row 2, a.activation at 2 bits, is nan; .* NaN .* leaves"):
+        ev(rows)
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("limit", [1 << 20, 1 << 23, 1 << 25])
+def test_memory_stays_under_the_limit(limit: int, renormalize: bool) -> None:
+    """All that torch allocates for a chunk, measured; the limit cannot be below what one row of few samples takes."""
+    model, data = build("Branches", 0, sizes=(64,))
+    ev = smpq_ext.evaluator(model, data, bits=(2, 3, 8), memory=limit, renormalize=renormalize, fixed={})
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, ev.space.highest() + 1, (300, len(ev.slots))).astype(np.int8)
+    mixtures = ev.space.one_hot(rows)
+    mixtures[:, 1] = ev.space.mask[1] / 3
+    least = 0
+    for given_ in (rows, mixtures):
+        with Meter() as meter:
+            ev(given_[:1])
+        least = max(least, meter.peak)
+        with Meter() as meter:
+            ev(given_)
+        assert meter.peak <= max(limit, least)
+        assert meter.peak <= max(ev.peak_bytes, least)

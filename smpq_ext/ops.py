@@ -369,20 +369,26 @@ def _(codes, padding, weight, start, parent, variant, scale, bias, norm, eps, *r
     _residual, _residual_row, _low, _high, geometry, _depthwise, values, child_row, _child_grid = rest
     sizes = zip(codes.shape[2:4], *(geometry[i : i + 2] for i in (0, 2, 4, 6)), strict=True)
     size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
-    y, *found = _new_epilogue(scale, len(parent), [codes.shape[1], *size], scale.shape[1], values, child_row)
-    return [y, scale.new_empty((0 if norm is None else len(parent), 2, scale.shape[1])), *found]
+    return _new_epilogue(scale, len(parent), [codes.shape[1], *size], scale.shape[1], norm, values, child_row)
 
 
 @torch.library.register_fake("smpq::coalition_epilogue")
-def _(x, parent, scale, bias, residual, residual_row, low, high, values, child_row, child_grid):  # type: ignore[no-untyped-def]
-    return _new_epilogue(x, len(parent), x.shape[1:4], x.shape[4], values, child_row)
+def _(x, parent, scale, bias, norm, eps, residual, residual_row, low, high, values, child_row, child_grid):  # type: ignore[no-untyped-def]
+    return _new_epilogue(x, len(parent), x.shape[1:4], x.shape[4], norm, values, child_row)
 
 
 def _new_epilogue(
-    like: Tensor, rows: int, size: Sequence[int], channels: int, values: bool, child_row: Sequence[Tensor]
+    like: Tensor,
+    rows: int,
+    size: Sequence[int],
+    channels: int,
+    norm: Tensor | None,
+    values: bool,
+    child_row: Sequence[Tensor],
 ) -> list[Tensor]:
     codes = [like.new_empty((len(r), *size, -(-channels // 4) * 4), dtype=torch.uint8) for r in child_row]
-    return [like.new_empty((rows if values else 0, *size, channels)), *codes]
+    statistics = like.new_empty((0 if norm is None else rows, 2, channels))
+    return [like.new_empty((rows if values else 0, *size, channels)), statistics, *codes]
 
 
 # --- gradients ---

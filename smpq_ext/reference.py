@@ -191,9 +191,7 @@ def coalition_convolution(
     codes: uint8 [parents, samples, height, width, channels], channels a multiple of 4; padding: the code of 0, uint8
     [parents]; weight: int8 [variants, blocks of 16 out, taps, channels / 4, 16, 4], or [variants, blocks of 16
     channels, taps, 16] where depthwise; start: int32 [rows, out up to a multiple of 16]; geometry: kernel, stride,
-    padding and dilation, two numbers each. norm: the weight and bias of a normalization by each row's own mean and
-    biased variance, float64 [2, channels], after scale and bias, eps added to the variance. The rest and what is
-    returned: `coalition_epilogue`; after the values stand the rows' means and variances, [rows or 0, 2, channels].
+    padding and dilation, two numbers each. The rest and what is returned: `coalition_epilogue`.
     """
     kernel, stride, pad, dilation = (list(geometry[i : i + 2]) for i in (0, 2, 4, 6))
     if depthwise:
@@ -214,19 +212,10 @@ def coalition_convolution(
         sizes = zip(codes.shape[2:4], kernel, stride, pad, dilation, strict=True)
         size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
         x = scale.new_empty(0, codes.shape[1], *size, scale.shape[1], dtype=torch.float64)
-    statistics = scale.new_empty(0, 2, scale.shape[1])
-    if norm is not None:
-        step = scale.double()
-        mean = x.mean((1, 2, 3))
-        variance = (x.square().mean((1, 2, 3)) - mean * mean).clamp(min=0) * step * step
-        statistics = torch.stack([mean * step + bias, variance], 1).float()
-        factor = norm[0] / (variance + eps).sqrt()
-        scale, bias = (step * factor).float(), (norm[1] - mean * step * factor).float()
-    y, *found = coalition_epilogue(
-        *(x.float(), torch.arange(len(x), device=x.device), scale, bias, residual, residual_row, low, high),
+    return coalition_epilogue(
+        *(x, torch.arange(len(x), device=x.device), scale, bias, norm, eps, residual, residual_row, low, high),
         *(values, child_row, child_grid),
     )
-    return [y, statistics, *found]
 
 
 def coalition_epilogue(
@@ -234,6 +223,8 @@ def coalition_epilogue(
     parent: Tensor,
     scale: Tensor | None,
     bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
     residual: Tensor | None,
     residual_row: Tensor | None,
     low: float,
@@ -244,12 +235,25 @@ def coalition_epilogue(
 ) -> list[Tensor]:
     """Row i is clamp(x[parent[i]] * scale[i] + bias[i] + residual[residual_row[i]], low, high); then its codes.
 
-    x: float32 [parents, samples, height, width, channels]; scale, bias: [rows, channels]; residual as x.
-    child_row[k] [children]: the rows that the codes of list k descend from; child_grid[k] [children, 4]: scale, zero
-    point and bounds of each. Returns the rows (none of them unless `values`), and for each list uint8 [children,
-    samples, height, width, channels up to a multiple of 4], 0 beyond the channels.
+    x: float32 [parents, samples, height, width, channels]; scale, bias: [rows, channels]; residual as x. norm: the
+    weight and bias of a normalization by each row's own mean and biased variance, float64 [2, channels], after scale
+    and bias, eps added to the variance. child_row[k] [children]: the rows that the codes of list k descend from;
+    child_grid[k] [children, 4]: scale, zero point and bounds of each. Returns the rows (none unless `values`), their
+    means and variances [rows, 2, channels] (none without norm), and for each list uint8 [children, samples, height,
+    width, channels up to a multiple of 4], 0 beyond the channels. NaN stays among the values, and has the lowest code.
     """
     y = x[parent]
+    statistics = y.new_empty(0, 2, x.shape[-1], dtype=torch.float32)
+    if norm is not None:
+        if scale is None or bias is None:
+            scale, bias = torch.ones(len(y), x.shape[-1]), torch.zeros(len(y), x.shape[-1])
+        step, exact = scale.double(), y.double()
+        mean = exact.mean((1, 2, 3))
+        variance = (exact.square().mean((1, 2, 3)) - mean * mean).clamp(min=0) * step * step
+        statistics = torch.stack([mean * step + bias, variance], 1).float()
+        factor = norm[0] / (variance + eps).sqrt()
+        scale, bias = (step * factor).float(), (norm[1] - mean * step * factor).float()
+    y = y.float()
     if scale is not None and bias is not None:
         y = y * scale[:, None, None, None] + bias[:, None, None, None]
     if residual is not None and residual_row is not None:
@@ -259,8 +263,9 @@ def coalition_epilogue(
     for rows, grid in zip(child_row, child_grid, strict=True):
         step, zero, least, most = (grid[:, k].reshape(-1, 1, 1, 1, 1) for k in range(4))
         code = torch.minimum(torch.maximum(raw_code(y[rows], step, None) + zero, least), most)
+        code = torch.where(code.isnan(), least, code)
         codes.append(torch.nn.functional.pad(code, (0, -y.shape[-1] % 4)).to(torch.uint8))
-    return [y if values else y[:0], *codes]
+    return [y if values else y[:0], statistics, *codes]
 
 
 def _forward(

@@ -139,7 +139,8 @@ class Recorded:
         keys = self._keys(rows)
         self.asked += len(rows)
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
-        unknown = sorted(i for key, i in first.items() if key not in self._known)
+        # Sorted, so that the rows of a batch share what comes before they part.
+        unknown = sorted((i for key, i in first.items() if key not in self._known), key=lambda i: rows[i].tobytes())
         batch = max(self.rows_per_batch, 1)
         for start in range(0, len(unknown), batch):
             wanted = unknown[start : start + batch]

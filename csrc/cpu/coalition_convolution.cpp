@@ -108,8 +108,6 @@ void multiply_depthwise(const uint8_t* x, int64_t step, const Image& image, cons
   }
 }
 
-using Doubles = double __attribute__((vector_size(kLanes * sizeof(double))));
-
 // What an image of a row meets in the blocks of output channels that are computed together.
 template <int blocks>
 struct Block {

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kLanes = 16;  // output channels that are computed together
 using Floats = float __attribute__((vector_size(kLanes * sizeof(float))));
+using Doubles = double __attribute__((vector_size(kLanes * sizeof(double))));
 using Ints = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
 using Bytes = uint8_t __attribute__((vector_size(kLanes)));
 
@@ -29,8 +30,8 @@ inline __attribute__((always_inline)) void finish(const Epilogue& e, int64_t row
     std::memcpy(&other, e.residual + (e.residual_row[row] * e.pixels + pixel) * e.channels + channel, bytes);
     y += other;
   }
-  y = y >= e.low ? y : Floats{} + e.low;
-  y = y <= e.high ? y : Floats{} + e.high;
+  y = y < e.low ? Floats{} + e.low : y;  // NaN stays
+  y = y > e.high ? Floats{} + e.high : y;
   if (e.values) std::memcpy(e.values + (row * e.pixels + pixel) * e.channels + channel, &y, bytes);
   for (int64_t c = e.child_begin[row]; c < e.child_begin[row + 1]; ++c) {
     const Child& child = e.children[c];

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
+from torch.utils._pytree import TreeSpec, tree_leaves
 
 from smpq_ext.engine.layers import Layer
 from smpq_ext.engine.samples import Batch
@@ -24,6 +23,12 @@ PRODUCTS = {
 }
 BATCH_NORM = aten._native_batch_norm_legit_no_training.default
 ATTENTION = aten.scaled_dot_product_attention.default
+FORWARDS = {
+    kind.forward
+    for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+}
+# What has samples though nothing before it has, and is the same for all of them.
+EQUAL_SAMPLES = {aten.expand.default, aten.repeat.default, aten.full.default, aten.zeros.default, aten.ones.default}
 ROOT = 0  # the place of what depends on no slot: one row
 
 
@@ -54,7 +59,6 @@ class Step:
     kwargs: dict[str, Any]
     place: int | None
     operands: tuple[int, ...]  # the steps that it reads
-    frees: tuple[int, ...]  # those that nothing reads later
     layer: int | None = None  # a quantized layer, by its index: one operand
     norm: str | None = None  # a BatchNorm, by its name: its first operand is what it normalizes
 
@@ -74,15 +78,32 @@ class Graph:
     columns: tuple[str, ...]
     outputs: tuple[Any, ...]
     output_spec: TreeSpec
-    shapes: tuple[Any, ...]  # of the values, the number of samples being a symbol
+    kinds: tuple[Any, ...]  # shape, the number of samples being a symbol, and dtype of the values that are tensors
+
+    @property
+    def returned(self) -> set[int]:
+        """The steps whose values the model returns."""
+        return {x.step for x in self.outputs if isinstance(x, Value)}
+
+    def frees(self, reads: Mapping[int, Sequence[int]]) -> dict[int, tuple[int, ...]]:
+        """What nothing reads any more after each step, where the steps that run, in this order, read `reads`."""
+        last = {k: i for i, operands in reads.items() for k in operands}
+        returned = self.returned
+        found: dict[int, list[int]] = {}
+        for k, i in last.items():
+            if k not in returned and self.steps[k].place is not None:
+                found.setdefault(i, []).append(k)
+        return {i: tuple(steps) for i, steps in found.items()}
 
 
-def capture(model: nn.Module, layers: Sequence[Layer], quantized: Mapping[str, Any], batch: Batch) -> Graph:
-    """The graph of a model in eval mode, for inputs such as those of the batch, at any number of samples.
+def capture(model: nn.Module, layers: Sequence[Layer], quantized: Mapping[str, Any], batches: Sequence[Batch]) -> Graph:
+    """The graph of a model in eval mode, for these batches, at any number of samples.
 
     quantized: the names of the slots that have grids. Raises Uncapturable, with the reason.
     """
-    program, symbol = _export(model, batch)
+    if any(batch.signature() != batches[0].signature() for batch in batches):
+        raise Uncapturable("the batches differ in more than the number of samples")
+    program, symbol = _export(model, batches[0])
     return _Builder(model, layers, quantized, program, symbol).graph()
 
 
@@ -103,10 +124,10 @@ def _export(model: nn.Module, batch: Batch) -> tuple[torch.export.ExportedProgra
     args = () if isinstance(inputs, Mapping) else tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
     kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
 
-    def dynamic(x: Any) -> Any:
-        return {0: samples} if isinstance(x, Tensor) and x.dim() and x.shape[0] == size else None
-
-    shapes = tree_map(dynamic, kwargs) if kwargs else tree_map(dynamic, args)
+    shapes = torch.export.ShapesCollection()
+    for x in tree_leaves((args, kwargs)):
+        if isinstance(x, Tensor) and x.dim() and x.shape[0] == size:
+            shapes[x] = {0: samples}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -156,7 +177,7 @@ class _Builder:
         given = set(signature.user_inputs)
         inputs = [n for n in nodes if n.op == "placeholder" and n.name in given]
         for node in inputs:
-            self._add(node, Step(_given, (), {}, ROOT if self._has_samples(node) else None, (), ()))
+            self._add(node, Step(_given, (), {}, ROOT if self._has_samples(node) else None, ()))
         tensors = {**self.program.state_dict, **self.program.constants}
         origin = {
             **signature.inputs_to_parameters,
@@ -167,7 +188,7 @@ class _Builder:
             if node.op == "placeholder" and node.name not in given:
                 if node.name not in origin:
                     raise Uncapturable(f"an input of the kind of {node.name} is not supported")
-                self._add(node, Step(_given, (), {}, None, (), ()))
+                self._add(node, Step(_given, (), {}, None, ()))
                 self.constants[self.index[node]] = tensors[origin[node.name]].detach()
             elif node.op == "call_function":
                 self._call(node)
@@ -177,16 +198,18 @@ class _Builder:
         if missing:
             raise Uncapturable(f"the product of {self.names[missing[0]]} is not found in the graph")
         (output,) = nodes[-1].args
+        if any(isinstance(x, fx.Node) and x not in self.index for x in output):
+            raise Uncapturable("it returns a size")
         outputs = tuple(Value(self.index[x]) if isinstance(x, fx.Node) else x for x in output)
         return Graph(
-            self._with_lifetimes({x.step for x in outputs if isinstance(x, Value)}),
+            tuple(self.steps),
             len(inputs),
             self.constants,
             tuple(self.places),
             tuple(self.columns),
             outputs,
             self.program.call_spec.out_spec,
-            tuple(tuple(x.shape) if isinstance(x, Tensor) else None for x in self.expected.values()),
+            tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else None for x in self.expected.values()),
         )
 
     def _call(self, node: fx.Node) -> None:
@@ -211,12 +234,16 @@ class _Builder:
         if not self._has_samples(node):
             if any(self.steps[k].place is not None for k in operands):
                 raise Uncapturable(f"{node.name} mixes the samples")
-            self._add(node, Step(target, args, kwargs, None, tuple(operands), ()))
+            if not self.constants.keys() >= set(operands):
+                raise Uncapturable(f"{node.name} depends on an input without samples")
+            self._add(node, Step(target, args, kwargs, None, tuple(operands)))
             with torch.no_grad():
                 constant = target(*fill(args, self.constants, 1), **fill(kwargs, self.constants, 1))
             self.constants[self.index[node]] = constant
             return
         places = sorted({place for k in operands if (place := self.steps[k].place) is not None})
+        if not places and node.target not in EQUAL_SAMPLES:
+            raise Uncapturable(f"{node.name} tells the samples apart by their number")
         place = self._join(places, operands) if places else ROOT
         module = self._module(node)
         layer = self.layers.get(module) if module is not None and node.target in PRODUCTS else None
@@ -227,16 +254,19 @@ class _Builder:
             same = isinstance(weight, Value) and self.constants.get(weight.step) is not None
             if not same or own is None or self.constants[weight.step].data_ptr() != own.data_ptr():
                 raise Uncapturable(f"{self.names[module]} does not multiply by its own weight")
+            if not _is_own_forward(module, node):
+                raise Uncapturable(f"the forward of {self.names[module]} does more than multiply by its weight")
             operands, args, kwargs = [args[0].step], (args[0],), {}
             place = self._slots(place, self.quantized[layer])
         elif node.target is BATCH_NORM:
             norm = self.names.get(module) if module is not None else None
             target = _batch_norm
-        self._add(node, Step(target, args, kwargs, place, tuple(operands), (), layer, norm))
+        self._add(node, Step(target, args, kwargs, place, tuple(operands), layer, norm))
 
     def _add(self, node: fx.Node, step: Step) -> None:
         self.index[node] = len(self.steps)
-        self.expected[len(self.steps)] = node.meta.get("val")
+        value = node.meta.get("val")
+        self.expected[len(self.steps)] = value[0] if node.target is BATCH_NORM else value
         self.steps.append(step)
 
     def _module(self, node: fx.Node) -> nn.Module | None:
@@ -304,13 +334,17 @@ class _Builder:
 
         return fx.map_arg(given, one)
 
-    def _with_lifetimes(self, kept: set[int]) -> tuple[Step, ...]:
-        last = {k: i for i, step in enumerate(self.steps) for k in step.operands}
-        frees: dict[int, list[int]] = {}
-        for k, i in last.items():
-            if k not in kept and self.steps[k].place is not None:
-                frees.setdefault(i, []).append(k)
-        return tuple(dataclasses.replace(step, frees=tuple(frees.get(i, ()))) for i, step in enumerate(self.steps))
+
+def _is_own_forward(module: Any, node: fx.Node) -> bool:
+    """Whether a call of the layer's module, with its input alone, is the product in the graph."""
+    if "forward" in vars(module) or type(module).forward not in FORWARDS:
+        return False
+    if isinstance(module, nn.Linear):
+        return True
+    if module.padding_mode != "zeros" and any(module._reversed_padding_repeated_twice):
+        return False
+    # output_size= of a call becomes another output_padding.
+    return not module.transposed or tuple((*node.args, *[[0]] * 6)[5]) in (module.output_padding, (0,))
 
 
 def fill(given: Any, values: Mapping[int, Any], samples: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from smpq_ext import ops
 from smpq_ext.engine.grids import Grids
 from smpq_ext.engine.layers import Layer
-from smpq_ext.engine.samples import Batch, call, take_rows
+from smpq_ext.engine.samples import Batch, call, is_channels_last, take_rows
 
 if TYPE_CHECKING:
     from smpq_ext.engine.lockstep import Lockstep
@@ -38,7 +39,6 @@ class Executor:
         self, model: nn.Module, layers: list[Layer], grids: Mapping[str, Grids], norms: tuple[str, ...]
     ) -> None:
         self.model = model
-        self.parent = torch.empty(0, dtype=torch.int64)  # [rows]: every row descends from itself
         self.rows = 0  # 0: the float model
         self.statistics: dict[str, tuple[Tensor, Tensor]] | None = None  # filled by the norms while it is a dict
         self.channels_last = False
@@ -55,7 +55,7 @@ class Executor:
         assigned: where all mixtures are one-hot, the candidate's index [n] in every quantized slot.
         """
         self.rows = len(next(iter(mixtures.values())))
-        self.parent = torch.arange(self.rows, device=self.layers[0].source.device)
+        device = self.layers[0].source.device
         distinct: dict[str, tuple[NDArray[np.float32], NDArray[np.int64]]] = {}
         for name, rows in mixtures.items():
             different, index = np.unique(rows, axis=0, return_inverse=True)
@@ -70,7 +70,7 @@ class Executor:
             [g.zero_point.to(g.scale.dtype) for g in grids] if floating else [],
             [g.quant_min for g in grids],
             [g.quant_max for g in grids],
-            [torch.from_numpy(distinct[f"{layer.name}.weight"][0]).to(self.parent.device) for layer, _ in weighted],
+            [torch.from_numpy(distinct[f"{layer.name}.weight"][0]).to(device) for layer, _ in weighted],
             axis=0,
         )
         for (layer, _), variants in zip(weighted, quantized, strict=True):
@@ -78,7 +78,7 @@ class Executor:
             layer.variant = distinct[f"{layer.name}.weight"][1].tolist()
         for layer in self.layers:
             if layer.activation is not None:
-                layer.mixtures = torch.from_numpy(mixtures[f"{layer.name}.activation"]).to(self.parent.device)
+                layer.mixtures = torch.from_numpy(mixtures[f"{layer.name}.activation"]).to(device)
         self.choices = {name: index for name, (_, index) in distinct.items()}
         if self.lockstep is not None:
             self.lockstep.load(self.choices, assigned)
@@ -165,7 +165,7 @@ class QuantizedLayer:
         """The layer for n rows that descend from rows `parent` of x [parents * samples, ...]; None: from their own.
 
         mixtures: of the input's widths, [n, candidates], or None where it stays float; variant: of the weight, n
-        indices in ascending order, or None where it is not quantized. Returns [n * samples, ...].
+        indices, equal ones together, or None where it is not quantized. Returns [n * samples, ...].
         """
         kwargs = kwargs or {}
         rows = x.unflatten(0, (parents, -1)) if parents > 1 else x.unsqueeze(0)
@@ -191,7 +191,7 @@ class QuantizedLayer:
             return out.flatten(0, 1) if n > 1 else out[0]
         geometry = m.stride, m.padding, m.dilation, m.groups
         out = ops.coalition_conv2d(rows, self.variants, m.bias, variant, *geometry).flatten(0, 1)
-        if n > 1 and rows[0].is_contiguous(memory_format=torch.channels_last) and not rows[0].is_contiguous():
+        if n > 1 and is_channels_last(rows[0]):
             # Rows put together may lose the format, and what follows would round differently in another one.
             out = out.contiguous(memory_format=torch.channels_last)
         return out
@@ -217,15 +217,39 @@ class RowNorm:
     def __init__(self, executor: Executor, name: str, module: nn.Module) -> None:
         self.executor, self.name, self.original = executor, name, module.forward
         self.module: Any = module
+        self.plain = type(module).forward in (nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward)
         module.forward = self  # type: ignore[method-assign, assignment]
 
     def __call__(self, x: Tensor) -> Tensor:
         n = self.executor.rows
-        return self.by_row(x, n) if n else self.original(x)
+        if n == 0:
+            return self.original(x)
+        if self.plain:
+            return self.by_row(x, n)
+        # A forward of its own, that may do more: it runs as in training, with buffers that nobody else has.
+        m, buffers = self.module, dict(self.module._buffers)
+        try:
+            m.training = True
+            m._buffers.update({name: b.clone() for name, b in buffers.items() if b is not None})
+            out = [self.original(row) for row in x.chunk(n)]
+        finally:
+            m.training = False
+            m._buffers.update(buffers)
+        if self.executor.statistics is not None:
+            self.by_row(x, n)
+        return torch.cat(out) if n > 1 else out[0]
 
     def by_row(self, x: Tensor, n: int) -> Tensor:
         """Each of n rows normalized by its own statistics, [n * samples, ...]."""
         m = self.module
+        if x.dim() == 4 and not x.is_cuda and x.dtype == torch.float32 and is_channels_last(x):
+            # torch adds in float32 where channels are last, and errs by up to 1e-3 of a variance.
+            y, statistics = torch.ops.smpq.coalition_epilogue(
+                *(x.permute(0, 2, 3, 1).unflatten(0, (n, -1)), torch.arange(n), None, None, affine(m), m.eps),
+                *(None, None, -math.inf, math.inf, True, [], []),
+            )
+            self.record(*statistics[-1])
+            return y.flatten(0, 1).permute(0, 3, 1, 2)
         out = []
         for row in x.chunk(n):
             y, mean, inverse = torch.native_batch_norm(row, m.weight, m.bias, None, None, True, 0.0, m.eps)
@@ -237,6 +261,13 @@ class RowNorm:
         """Keep what a row was normalized by: with the biased variance an applied model gives the searched value."""
         if self.executor.statistics is not None:
             self.executor.statistics[self.name] = mean, variance
+
+
+def affine(norm: Any) -> Tensor:
+    """Weight and bias of a BatchNorm, float64 [2, channels]."""
+    plain = torch.ones(norm.num_features, dtype=torch.float64), torch.zeros(norm.num_features, dtype=torch.float64)
+    given = (x if x is None else x.detach().double() for x in (norm.weight, norm.bias))
+    return torch.stack([y if x is None else x for x, y in zip(given, plain, strict=True)])
 
 
 class Meter(TorchDispatchMode):

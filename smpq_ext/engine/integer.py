@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from smpq_ext.engine.capture import Graph, Step, Value, aten
+from smpq_ext.engine.capture import Graph, Step, aten
+from smpq_ext.engine.executor import affine
 from smpq_ext.engine.grids import Grids
 
 if TYPE_CHECKING:
     from smpq_ext.engine.executor import QuantizedLayer
 
-BOUNDED = float(torch.finfo(torch.float32).max)  # no clamp
 LANES = 16
 
 
@@ -44,19 +45,16 @@ class IntegerLayer:
         self.geometry = [int(x) for pair in geometry for x in pair] or [1, 1, 1, 1, 0, 0, 1, 1]
 
         steps = weight.scale.double() / torch.where(weight.quant_max == 0, 2, 1)[:, None]  # 1 bit: -1 and 1 half steps
-        codes = torch.stack(
-            [
-                (
-                    torch.ops.smpq.fake_quantize(layer.source, *grid).double()
-                    / step.view(-1, *[1] * (layer.source.dim() - 1))
-                )
-                .nan_to_num()
-                .round()
-                for grid, step in zip(_candidates(weight), steps, strict=True)
-            ]
-        ).view(len(steps), *kernel.shape)
-        self.packed = _pack_depthwise(codes) if self.depthwise else _pack(codes)
-        self.sums = nn.functional.pad(codes.flatten(2).sum(2), (0, -outs % LANES)).int()
+        packed, sums = [], []
+        for grid, step in zip(_candidates(weight), steps, strict=True):
+            values = torch.ops.smpq.fake_quantize(layer.source, *grid)
+            codes = (values / step.view(-1, *[1] * (values.dim() - 1))).nan_to_num().round().to(torch.int8)
+            if 2 * 255 * int(codes.flatten(1).abs().sum(1, dtype=torch.int64).max()) >= 2**31:
+                raise ValueError("no sums of products beyond 32 bits")
+            packed.append((_pack_depthwise if self.depthwise else _pack)(codes.view(1, *kernel.shape)))
+            sums.append(codes.flatten(1).sum(1, dtype=torch.int32))
+        self.packed = torch.cat(packed)
+        self.sums = nn.functional.pad(torch.stack(sums), (0, -outs % LANES))
         self.scale = steps  # [candidates, channels]
         self.bias = torch.zeros(outs, dtype=torch.float64) if module.bias is None else module.bias.detach().double()
         bounds = (activation.quant_min, activation.quant_max)
@@ -111,7 +109,7 @@ class Integer:
         for i, step in enumerate(graph.steps):
             for k in step.operands:
                 self._readers[k].append(i)
-        outputs = {x.step for x in graph.outputs if isinstance(x, Value)}
+        outputs = graph.returned
         self.fused: dict[int, Fused] = {}
         self.absorbed: set[int] = set()  # steps inside of fused calls
         for i, step in enumerate(graph.steps):
@@ -128,10 +126,14 @@ class Integer:
                 self.consumers[k] = tuple(alike)
             if k in outputs or any(i not in self.consumers[k] for i in found):
                 self.with_values.add(k)
+        reads = {k: step.operands for k, step in enumerate(graph.steps) if k not in self.absorbed}
+        for last, f in self.fused.items():
+            reads[last] = (f.source,) if f.residual is None else (f.source, f.residual)
+        self.frees = graph.frees(reads)
 
     def _fuse(self, i: int, layer: IntegerLayer, outputs: set[int]) -> None:
         steps = self.graph.steps
-        last, norm, residual, low, high = i, None, None, -BOUNDED, BOUNDED
+        last, norm, residual, low, high = i, None, None, -math.inf, math.inf
         members = [i]
         while last not in outputs and len(self._readers[last]) == 1:
             follower = self._readers[last][0]
@@ -142,7 +144,7 @@ class Integer:
             elif step.target is aten.add.Tensor and not step.kwargs and residual is None and len(step.operands) == 2:
                 other = next(k for k in step.operands if k != last)
                 same = steps[follower].place == steps[i].place and other < i and steps[other].place is not None
-                if not same or self.graph.shapes[other] != self.graph.shapes[last]:
+                if not same or self.graph.kinds[other] != self.graph.kinds[last]:
                     break
                 residual = other
             elif clamp is not None:
@@ -157,26 +159,20 @@ class Integer:
         self.fused[last] = Fused(i, layer, steps[i].operands[0], norm, residual, low, high)
         self.absorbed.update(members[:-1])
 
-    def _norm(self, fused: Fused) -> tuple[Tensor, float]:
-        """Weight and bias of a call's normalization, float64 [2, channels], and what it adds to the variance."""
-        plain = torch.stack([torch.ones_like(fused.layer.bias), torch.zeros_like(fused.layer.bias)])
-        if fused.norm is None:
-            return plain, 0.0
-        m = self.norms[fused.norm]
-        given = [y if x is None else x.detach().double() for x, y in zip((m.weight, m.bias), plain, strict=True)]
-        return torch.stack(given), m.eps
-
     def call(self, fused: Fused, parent: Tensor, activation: Tensor, weight: Tensor) -> Call:
         """The tensors of a call: codes on the grids `activation` [parents], rows `parent` [n], weights `weight` [n]."""
         layer = fused.layer
         grids = layer.grids[activation]
         scale, bias = grids[parent, :1].double() * layer.scale[weight], layer.bias
-        norm, eps = self._norm(fused)
-        if fused.norm is not None and fused.norm not in self.renormalized:
+        norm, eps = None, 0.0
+        if fused.norm is not None:
             m = self.norms[fused.norm]
-            assert m.running_mean is not None and m.running_var is not None
-            factor = norm[0] * (m.running_var.double() + eps).rsqrt()
-            scale, bias = scale * factor, (bias - m.running_mean.double()) * factor + norm[1]
+            norm, eps = affine(m), m.eps
+            if fused.norm not in self.renormalized:
+                assert m.running_mean is not None and m.running_var is not None
+                factor = norm[0] * (m.running_var.double() + eps).rsqrt()
+                scale, bias = scale * factor, (bias - m.running_mean.double()) * factor + norm[1]
+                norm = None
         zero = grids[:, 1].int()
         return Call(
             padding=zero.to(torch.uint8),
@@ -185,7 +181,7 @@ class Integer:
             variant=weight,
             scale=scale.float().contiguous(),
             bias=bias.float().expand_as(scale).contiguous(),
-            norm=norm if fused.norm in self.renormalized else None,
+            norm=norm,
             eps=eps,
         )
 
@@ -195,10 +191,10 @@ def _clamp(step: Step) -> tuple[float, float] | None:
     if step.kwargs:
         return None
     if step.target is aten.relu.default:
-        return 0.0, BOUNDED
+        return 0.0, math.inf
     if step.target in (aten.hardtanh.default, aten.clamp.default):
         low, high = (*step.args[1:], *((-1.0, 1.0) if step.target is aten.hardtanh.default else (None, None)))[:2]
-        return (-BOUNDED if low is None else float(low)), (BOUNDED if high is None else float(high))
+        return (-math.inf if low is None else float(low)), (math.inf if high is None else float(high))
     return (0.0, 6.0) if step.target is aten.relu6.default else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_map, tree_unflatten
 
 from smpq_ext import _C
 from smpq_ext.engine.capture import Graph, Value, fill, leaves
-from smpq_ext.engine.integer import BOUNDED, Call, Integer
+from smpq_ext.engine.integer import Call, Integer
 from smpq_ext.engine.samples import take_rows
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Lockstep:
         self._descent: dict[tuple[int, int], Tensor | None] = {}
         self._calls: dict[int, Call] = {}  # of the fused steps, by the last one; empty for mixtures
         self._children: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        self._frees = graph.frees({k: step.operands for k, step in enumerate(graph.steps)})
 
     @property
     def integers(self) -> Container[int]:
@@ -88,7 +90,10 @@ class Lockstep:
         graph = self.graph
         values: dict[int, Any] = {**graph.constants, **dict(enumerate(leaves(inputs)))}
         codes: dict[int, Tensor] = {}
-        absorbed = self.integer.absorbed if self.integer is not None and self._calls else ()
+        self._broken = torch.zeros(len(self.rows[0].row), samples, dtype=torch.bool)
+        absorbed, frees = (
+            (self.integer.absorbed, self.integer.frees) if self.integer and self._calls else ((), self._frees)
+        )
         for k, step in enumerate(graph.steps):
             if k < graph.inputs or step.place is None or k in absorbed:
                 continue
@@ -104,10 +109,10 @@ class Lockstep:
                     values[k] = self.norms[step.norm].by_row(args[0], count)
                 else:
                     values[k] = step.target(*args, **fill(step.kwargs, read, count * samples))
-            for j in step.frees:
+            for j in frees.get(k, ()):
                 values.pop(j, None)
         everyone = [self._everyone(values[x.step], x.step) if isinstance(x, Value) else x for x in graph.outputs]
-        return tree_unflatten(everyone, graph.output_spec)
+        return tree_unflatten([self._break(x) for x in everyone], graph.output_spec)
 
     def _integer(self, last: int, values: dict[int, Any], codes: dict[int, Tensor]) -> Tensor | None:
         """A fused call: its codes are put where the next layers find them; returns the floating value if it is read."""
@@ -117,6 +122,7 @@ class Lockstep:
             self._quantize(fused.source, values[fused.source], codes)
         residual = residual_row = None
         if fused.residual is not None:
+            self._look(fused.residual, values[fused.residual])
             residual_row = self._row_of(self._place(fused.residual), self._place(last))
             residual = _pixels(values[fused.residual], self._count(fused.residual), fused.layer.conv2d)
         wanted = last in self.integer.with_values
@@ -134,11 +140,12 @@ class Lockstep:
             return None
         if fused.layer.conv2d:
             return out[0].flatten(0, 1).permute(0, 3, 1, 2)
-        return out[0].view(-1, *self.graph.shapes[last][1:])
+        return out[0].view(-1, *self.graph.kinds[last][0][1:])
 
     def _quantize(self, source: int, value: Tensor, codes: dict[int, Tensor]) -> None:
         """The codes of a floating value for all layers that read it."""
         assert self.integer is not None
+        self._look(source, value)
         consumers, (child_row, child_grid) = self.integer.consumers[source], self._children[source]
         for conv2d in (True, False):
             chosen = [i for i, c in enumerate(consumers) if self.integer.by_step[c].layer.conv2d == conv2d]
@@ -147,9 +154,24 @@ class Lockstep:
                 rows, grids = [child_row[i] for i in chosen], [child_grid[i] for i in chosen]
                 same = torch.arange(len(x))
                 out = torch.ops.smpq.coalition_epilogue(
-                    x, same, None, None, None, None, -BOUNDED, BOUNDED, False, rows, grids
+                    x, same, None, None, None, 0.0, None, None, -math.inf, math.inf, False, rows, grids
                 )
-                codes.update(zip([consumers[i] for i in chosen], out[1:], strict=True))
+                codes.update(zip([consumers[i] for i in chosen], out[2:], strict=True))
+
+    def _look(self, step: int, value: Tensor) -> None:
+        """Remember where a floating value holds NaN, [n, samples]: no code says so."""
+        if step not in self._calls and value.numel() and value.amax().isnan():
+            rows = self.rows[self._place(step)]
+            broken = value.unflatten(0, (len(rows.coalition), self._broken.shape[1], -1)).flatten(2).isnan().any(2)
+            self._broken |= broken[self._index(rows.row)]
+
+    def _break(self, value: Any) -> Any:
+        """What is returned, [n * samples, ...], with NaN in those places."""
+        if not self._broken.any() or not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        rows = value.unflatten(0, (*self._broken.shape, -1)).clone()
+        rows[self._broken] = math.nan
+        return rows.flatten(0, 2)
 
     def _place(self, step: int) -> int:
         place = self.graph.steps[step].place
@@ -164,7 +186,10 @@ class Lockstep:
         return len(self.rows[self._place(step)].coalition)
 
     def _row_of(self, source: int, place: int) -> Tensor:
-        return torch.from_numpy(self.rows[source].row[self.rows[place].coalition])
+        return self._index(self.rows[source].row[self.rows[place].coalition])
+
+    def _index(self, rows: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(rows).to(self.layers[0].source.device)
 
     def _layer(self, layer: int, x: Tensor, operand: int, place: int) -> Tensor:
         source = self.graph.steps[operand].place
@@ -172,7 +197,7 @@ class Lockstep:
         run, rows = self.layers[layer], self.rows[place]
         mixtures = variant = None
         if run.activation is not None:
-            mixtures = run.mixtures[torch.from_numpy(rows.coalition)]
+            mixtures = run.mixtures[self._index(rows.coalition)]
         if run.weight is not None:
             variant = [run.variant[k] for k in rows.coalition]
         parent = self._parent(source, place)
@@ -184,7 +209,8 @@ class Lockstep:
             return None
         if (source, place) not in self._descent:
             index = self._row_of(source, place)
-            same = torch.equal(index, torch.arange(len(self.rows[source].coalition)))
+            rows = self.rows[source].row[self.rows[place].coalition]
+            same = np.array_equal(rows, np.arange(len(self.rows[source].coalition)))
             self._descent[source, place] = None if same else index
         return self._descent[source, place]
 
@@ -196,7 +222,7 @@ class Lockstep:
     def _everyone(self, value: Any, step: int) -> Any:
         """A value for every coalition, [n * samples, ...]."""
         source = self.graph.steps[step].place
-        return value if source is None else self._take(value, source, torch.from_numpy(self.rows[source].row))
+        return value if source is None else self._take(value, source, self._index(self.rows[source].row))
 
     def _take(self, value: Any, source: int | None, index: Tensor) -> Any:
         assert source is not None

@@ -39,6 +39,17 @@ class Batch:
 
         return tree_map(fold, self.inputs)
 
+    def signature(self) -> tuple[Any, ...]:
+        """Structure, shapes and dtypes of the inputs, but for the number of samples."""
+        leaves, spec = tree_flatten(self.inputs)
+        kinds = [
+            (x.dtype, self._per_sample(x), tuple(x.shape[1:] if self._per_sample(x) else x.shape))
+            if isinstance(x, Tensor)
+            else (type(x), repr(x))
+            for x in leaves
+        ]
+        return (spec, *kinds)
+
     def take(self, index: Tensor) -> Batch:
         """The samples at these sorted indices, int64 [k]."""
 
@@ -67,7 +78,9 @@ def read(data: Iterable[tuple[Any, Any]], device: torch.device) -> tuple[Batch, 
     for k, item in enumerate(items):
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise SmpqError(f"data: item {k} is a {type(item).__name__}, not a pair; {remedy}")
-        given = dict(item[0]) if isinstance(item[0], Mapping) else item[0]  # also what tokenizers return
+        given = item[0]
+        if isinstance(given, Mapping):  # also what tokenizers return; passed by keyword: the order says nothing
+            given = {key: given[key] for key in sorted(given, key=str)}
         inputs, targets = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (given, item[1]))
         tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
         if not tensors or not tensors[0].shape[0]:
@@ -203,6 +216,11 @@ def digest(trees: Iterable[Any]) -> str:
 
 def _cuda(device: torch.device) -> list[torch.device]:
     return [device] if device.type == "cuda" else []
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the memory of x has its channels last, and not also first."""
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def take_rows(x: Tensor, rows: int, index: Tensor) -> Tensor:

@@ -1,0 +1,245 @@
+"""Models that a captured graph could get wrong, each with its data: `MODELS[name]()` gives both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Case = tuple[nn.Module, list[tuple[Any, Tensor]]]
+
+
+class Function(nn.Module):
+    """Layers a, b, ... and a function of (self, *inputs)."""
+
+    def __init__(self, function: Callable[..., Any], *layers: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in zip("abcdef", layers, strict=False):
+            self.add_module(name, layer)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(self, *inputs)
+
+
+def planes(*sizes: int, count: int = 16, channels: int = 3) -> list[tuple[Any, Tensor]]:
+    return [(torch.randn(count, channels, n, n), torch.randint(0, 4, (count,))) for n in sizes]
+
+
+def vectors(count: int = 16, sets: int = 1) -> list[tuple[Any, Tensor]]:
+    return [(torch.randn(count, 6), torch.randint(0, 4, (count,))) for _ in range(sets)]
+
+
+def other_sizes() -> Case:
+    """A size of the images that the graph would keep."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = F.interpolate(self.a(x), size=x.shape[2] // 2)
+        return self.b(F.relu(y)).mean((2, 3))
+
+    return Function(forward, nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3, padding=1)), planes(8, 12)
+
+
+def optional_input() -> Case:
+    """An input that only some batches give."""
+
+    def forward(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.a(x)
+        return self.b(F.relu(y if mask is None else y * mask))
+
+    (x, y), (x2, y2) = vectors(sets=2)
+    mask = (torch.rand(16, 6) > 0.5).float()
+    return Function(forward, nn.Linear(6, 6), nn.Linear(6, 4)), [((x,), y), ((x2, mask), y2)]
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, p: Tensor, q: Tensor) -> Tensor:
+        return self.c(F.relu(self.a(p) - 2 * self.b(q)))
+
+
+def named_inputs() -> Case:
+    """Inputs by name, in another order in the second batch."""
+    (p, y), (q, _) = vectors(sets=2)
+    return Named(), [({"p": p, "q": q}, y), ({"q": p, "p": q}, y)]
+
+
+def last_token() -> Case:
+    """A token picked by the number of its sample."""
+
+    def forward(self: Any, x: Tensor, length: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x))[torch.arange(x.shape[0]), length])
+
+    x, length = torch.randn(16, 5, 6), torch.randint(0, 5, (16,))
+    return Function(forward, nn.Linear(6, 6), nn.Linear(6, 4)), [((x, length), torch.randint(0, 4, (16,)))]
+
+
+def class_token() -> Case:
+    """A learnt token before those of every sample, and its position."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = torch.cat([self.token.expand(x.shape[0], -1, -1), self.a(x)], 1) + self.position
+        return self.b(F.gelu(y)[:, 0] + F.gelu(y).mean(1))
+
+    model = Function(forward, nn.Linear(6, 6), nn.Linear(6, 4))
+    model.token, model.position = nn.Parameter(torch.randn(1, 1, 6)), nn.Parameter(torch.randn(1, 6, 6))
+    return model, [(torch.randn(16, 5, 6), torch.randint(0, 4, (16,)))]
+
+
+def read_twice() -> Case:
+    """What a layer reads is read by something else between the layer and its ReLU."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        y = self.b(x)
+        gate = torch.sigmoid(x)
+        return self.c(F.relu(y) * gate).mean((2, 3))
+
+    return Function(forward, *(nn.Conv2d(3, 3, 3, padding=1) for _ in range(2)), nn.Conv2d(3, 4, 1)), planes(6)
+
+
+def input_read_late() -> Case:
+    """The same for the model's input."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.a(x)
+        pooled = F.avg_pool2d(x, 2)
+        return self.b(F.max_pool2d(F.relu(y), 2) + pooled).mean((2, 3))
+
+    return Function(forward, nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 4, 1)), planes(6)
+
+
+def norm_of_vectors() -> Case:
+    """BatchNorm1d after a Linear layer, and no clamp behind it."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.c(F.gelu(self.b(self.a(x))))
+
+    return Function(forward, nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)), vectors()
+
+
+def reflected() -> Case:
+    """Padding with something else than zeros."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x))).flatten(1).unflatten(1, (4, -1)).mean(2)
+
+    return Function(forward, nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect"), nn.Conv2d(6, 4, 1)), planes(6)
+
+
+def output_size() -> Case:
+    """A transposed convolution that is told its output's size."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.a(x, output_size=(12, 12))
+        return self.b(F.relu(y)).flatten(2).mean(2)
+
+    return Function(forward, nn.ConvTranspose2d(3, 6, 3, 2, 1), nn.Conv2d(6, 4, 1)), planes(6)
+
+
+def integer_sum() -> Case:
+    """A sum of a layer's output and integers."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x) + (x > 0).long())).mean((2, 3))
+
+    return Function(forward, nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 4, 1)), planes(6)
+
+
+def input_without_samples() -> Case:
+    """An input that all samples share."""
+
+    def forward(self: Any, x: Tensor, scale: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x) * scale.exp()))
+
+    data = [((x, torch.tensor([0.3])), y) for x, y in vectors()]
+    return Function(forward, nn.Linear(6, 6), nn.Linear(6, 4)), data
+
+
+def returned_size() -> Case:
+    """The number of samples among the outputs."""
+
+    def forward(self: Any, x: Tensor) -> tuple[Tensor, int]:
+        return self.b(F.relu(self.a(x))), x.shape[0]
+
+    return Function(forward, nn.Linear(6, 6), nn.Linear(6, 4)), vectors()
+
+
+class NormAct(nn.BatchNorm2d):
+    """A BatchNorm that does more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x))
+
+
+def norm_with_activation() -> Case:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x))).mean((2, 3))
+
+    return Function(forward, nn.Conv2d(3, 6, 3, padding=1), NormAct(6), nn.Conv2d(6, 4, 1)), planes(6)
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.one, self.two = (nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
+        self.norm_one, self.norm_two = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.norm_two(self.two(F.relu(self.norm_one(self.one(x))))))
+
+
+def residual_blocks() -> Case:
+    """Blocks as in ResNet."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.d(self.c(self.b(F.relu(self.a(x)))).mean((2, 3)))
+
+    return Function(forward, nn.Conv2d(3, 8, 3, padding=1), Block(8), Block(8), nn.Linear(8, 4)), planes(6)
+
+
+def huge_sums() -> Case:
+    """Sums of products beyond 32 bits."""
+    model = nn.Sequential(nn.Linear(100_000, 4))
+    with torch.no_grad():
+        model[0].weight.fill_(1e-3)
+    return model, [(torch.rand(16, 100_000) + 1, torch.randint(0, 4, (16,)))]
+
+
+MODELS: dict[str, Callable[[], Case]] = {
+    f.__name__: f
+    for f in (
+        *(other_sizes, optional_input, named_inputs, last_token, class_token, read_twice, input_read_late),
+        *(norm_of_vectors, reflected, output_size, integer_sum, input_without_samples, returned_size),
+        *(norm_with_activation, residual_blocks, huge_sums),
+    )
+}
+FALL_BACK = {  # and what the note says
+    "other_sizes": "batches differ",
+    "optional_input": "batches differ",
+    "last_token": "by their number",
+    "reflected": "does more than multiply",
+    "output_size": "does more than multiply",
+    "input_without_samples": "input without samples",
+    "returned_size": "returns a size",
+}
+
+
+def build(name: str) -> Case:
+    """The model in eval mode, with lived-in BatchNorm statistics."""
+    torch.manual_seed(0)
+    model, data = MODELS[name]()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+                module.weight.normal_()
+                module.bias.normal_()
+    return model.eval(), data
