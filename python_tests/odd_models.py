@@ -204,6 +204,48 @@ def residual_blocks() -> Case:
     return Function(forward, nn.Conv2d(3, 8, 3, padding=1), Block(8), Block(8), nn.Linear(8, 4)), planes(6)
 
 
+def other_layouts() -> Case:
+    """A convolution straight into a linear layer, and back."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.c(F.relu(self.b(F.relu(self.a(x))))).mean((2, 3))
+
+    return Function(forward, nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6, 6), nn.Conv2d(6, 4, 1)), planes(6)
+
+
+def squeeze_and_excite() -> Case:
+    """Values of one pixel, whose channels are first and last at once."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        x = x * torch.sigmoid(self.c(F.relu(self.b(x.mean((2, 3), keepdim=True)))))
+        return self.d(F.relu(self.a(x[:, :3]) + x.mean((2, 3), keepdim=True))).mean((2, 3))
+
+    layers = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1), nn.Conv2d(8, 4, 1)
+    return Function(forward, *layers), planes(6)
+
+
+def normed_shortcut() -> Case:
+    """A sum of two normalized convolutions, as where a ResNet grows."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        return self.f(F.relu(self.c(self.b(x)) + self.e(self.d(x))).mean((2, 3)))
+
+    first, second = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+    layers = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3, 2, 1), first, nn.Conv2d(4, 8, 1, 2), second, nn.Linear(8, 4)
+    return Function(forward, *layers), planes(8)
+
+
+def weight_used_elsewhere() -> Case:
+    """A weight that the model also multiplies by itself: that product would not be quantized."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.c(F.linear(F.relu(self.b(F.relu(self.a(x)))), self.b.weight.t()))
+
+    return Function(forward, nn.Linear(6, 6), nn.Linear(6, 5), nn.Linear(6, 4)), vectors()
+
+
 def huge_sums() -> Case:
     """Sums of products beyond 32 bits."""
     model = nn.Sequential(nn.Linear(100_000, 4))
@@ -217,7 +259,8 @@ MODELS: dict[str, Callable[[], Case]] = {
     for f in (
         *(other_sizes, optional_input, named_inputs, last_token, class_token, read_twice, input_read_late),
         *(norm_of_vectors, reflected, output_size, integer_sum, input_without_samples, returned_size),
-        *(norm_with_activation, residual_blocks, huge_sums),
+        *(norm_with_activation, residual_blocks, huge_sums, other_layouts, squeeze_and_excite, normed_shortcut),
+        weight_used_elsewhere,
     )
 }
 FALL_BACK = {  # and what the note says

@@ -615,12 +615,31 @@ def test_non_finite_numbers_name_their_layer() -> None:
         ({"model": nn.ReLU()}, "no Conv or Linear"),
         ({"model": nn.Sequential(nn.LazyLinear(5))}, "not initialised"),
         ({"model": "resnet"}, r"nn\.Module is needed"),
+        ({"model": nn.Linear(6, 5, device="meta")}, "meta device"),
+        ({"model": torch.inference_mode()(lambda: nn.Linear(6, 5))()}, "inference_mode"),
+        ({"data": [(torch.zeros(3, 6), 0), (torch.zeros(3, 7), 0)], "loss": "kl"}, "of item 1: RuntimeError: mat1"),
+        ({"data": [(torch.zeros(3, 7), 0)], "loss": "kl"}, "of item 0: RuntimeError: mat1"),
+        ({"memory": "1GB"}, "memory: a number of bytes"),
+        ({"loss": lambda outputs: outputs.sum()}, "loss: it fails on outputs of the model"),
+        ({"fixed": {"last": np.int64(17)}}, "width from 1 to 16"),
     ],
 )
 def test_errors_say_what_to_do(change: dict[str, Any], match: str) -> None:
     model, data = build("Shared", 0)
     with pytest.raises(SmpqError, match=match):
         smpq_ext.evaluator(**{"model": model, "data": data, "bits": BITS, **change})
+
+
+def test_a_default_dtype_of_the_users_changes_nothing() -> None:
+    model, data = build("Branches", 0)
+    expected = smpq_ext.evaluator(model, data, bits=BITS)
+    rows = random_assignments(expected, 3)
+    try:
+        torch.set_default_dtype(torch.float64)
+        ev = smpq_ext.evaluator(model, data, bits=BITS)
+        np.testing.assert_array_equal(ev(rows), expected(rows))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_shuffling_loader_draws_nothing_from_the_user() -> None:

@@ -366,3 +366,14 @@ def test_a_parent_that_is_not_there_is_refused_on_the_cpu() -> None:
         torch.ops.smpq.coalition_fake_quantize(
             torch.ones(2, 3), torch.ones(1), None, low, high, torch.ones(2, 1), None, torch.tensor([0, 5])
         )
+
+
+def test_what_is_no_tensor_is_named() -> None:
+    x, one = torch.zeros(3), torch.ones(1)
+    bounds = torch.ones(1, dtype=torch.int32)
+    with pytest.raises(TypeError, match="fake_quantize: x must be a tensor, not a ndarray"):
+        smpq_ext.fake_quantize(x.numpy(), 1.0, bits=2)
+    with pytest.raises(TypeError, match="coalition_fake_quantize: quant_min must be a tensor, not a list"):
+        smpq_ext.coalition_fake_quantize(x, one, None, [0], bounds, one[None])
+    with pytest.raises(TypeError, match="quantization_error: scale must be a tensor, not a float"):
+        smpq_ext.quantization_error(x, 1.0, None, bounds, bounds, axis=None)

@@ -112,6 +112,18 @@ def test_killed_twenty_times_it_goes_on_and_repeats_at_most_one_batch_each(tmp_p
             total += hits
 
 
+class OwnMethod:
+    """A class where an object is wanted; its answer is none."""
+
+    def allocate(self, problem: object) -> None:
+        return None
+
+
+def test_an_own_method_without_an_answer_is_named(net: Net) -> None:
+    with pytest.raises(SmpqError, match=r"method ownmethod: allocate returned None, not a smpq_ext\.core\.Answer"):
+        run(net, method=OwnMethod())
+
+
 def test_bad_arguments_are_refused_before_anything_is_computed(net: Net, tmp_path: Path) -> None:
     for settings, message in (
         ({"budget": "weight-bits=0"}, "budget"),
@@ -122,6 +134,9 @@ def test_bad_arguments_are_refused_before_anything_is_computed(net: Net, tmp_pat
         ({"loss": "best"}, "loss"),
         ({"fixed": {"nowhere": 8}}, "fixed"),
         ({"store": tmp_path}, "store"),
+        ({"store": ":memory:"}, "store: ':memory:' keeps nothing"),
+        ({"progress": 3}, "progress"),
+        ({"method": OwnMethod}, "method: a name"),
     ):
         with pytest.raises(SmpqError, match=message):
             run(net, **settings)

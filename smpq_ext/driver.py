@@ -19,7 +19,7 @@ from torch.utils.data import RandomSampler
 import smpq_ext
 from smpq_ext import budget as budgets
 from smpq_ext import registry
-from smpq_ext.core import Method, Plan, Problem, Result, SmpqError, Store
+from smpq_ext.core import Answer, Method, Plan, Problem, Result, SmpqError, Store
 from smpq_ext.engine.apply import apply
 from smpq_ext.engine.evaluator import evaluator as make_evaluator
 from smpq_ext.solvers.milp import Milp
@@ -109,12 +109,16 @@ class Study:
         self._clock = _Clock()
         if evaluations is not None and not (isinstance(evaluations, int) and evaluations > 0):
             raise SmpqError(f"evaluations: a positive integer, not {evaluations!r}")
-        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
             raise SmpqError(f"seed: an integer from 0 to 2^63 - 1, not {seed!r}")
-        if not isinstance(method, str) and not hasattr(method, "allocate"):
+        if not isinstance(method, str) and (isinstance(method, type) or not hasattr(method, "allocate")):
             raise SmpqError(f"method: a name from `smpq list`, or an object with `allocate`, not {method!r}")
+        if not (isinstance(progress, bool) or callable(progress)):
+            raise SmpqError(f"progress: True, False or a callable(stage, done, total), not {progress!r}")
         if store is not None and not isinstance(store, str | os.PathLike) and not hasattr(store, "append"):
             raise SmpqError(f"store: a path, or an object with `read` and `append`, not {store!r}")
+        if store in ("", ":memory:"):
+            raise SmpqError(f"store: {store!r} keeps nothing; name a file, or leave it out")
         if store is not None and isinstance(getattr(data, "sampler", None), RandomSampler):
             LOG.warning("data: this loader shuffles, so every run is a new study and the store resumes nothing")
         self.method: Method = registry.find("methods", method)() if isinstance(method, str) else method
@@ -134,10 +138,9 @@ class Study:
         Milp()(
             np.where(space.mask, 0.0, np.inf), limits
         )  # an infeasible budget is an error before anything is measured
+        keeps_apart = getattr(self.method, "holdout", False)
         parts = (
-            self.engine.split(HOLDOUT_SHARE, np.random.default_rng([seed, 0]))
-            if self.method.holdout
-            else (self.engine, None)
+            self.engine.split(HOLDOUT_SHARE, np.random.default_rng([seed, 0])) if keeps_apart else (self.engine, None)
         )
         kept: Store = MemoryStore() if store is None else store  # type: ignore[assignment]
         self._opened: SqliteStore | None = None
@@ -159,7 +162,7 @@ class Study:
             # Four times what measuring each slot alone takes, where there are many candidates.
             evaluations=evaluations or max(EVALUATIONS_PER_SLOT * len(space.slots), 4 * int(space.mask.sum())),
             seed=seed,
-            apart=HOLDOUT_SHARE if self.method.holdout else 0.0,
+            apart=HOLDOUT_SHARE if keeps_apart else 0.0,
             record=lambda evaluator: Recorded(evaluator, kept),
             progress=_line if progress is True else progress or (lambda stage, done, total: None),
         )
@@ -180,6 +183,8 @@ class Study:
         engine, problem = self.engine, self.problem
         self._clock.restart()
         answer = self.method.allocate(problem)
+        if not isinstance(answer, Answer):
+            raise SmpqError(f"method {self.name}: allocate returned {answer!r}, not a smpq_ext.core.Answer")
         if not problem.budget.feasible(answer.assignment).all():
             raise SmpqError(f"method {self.name}: its plan does not meet the budget; this is a fault of the method")
         self._clock.lap("search")

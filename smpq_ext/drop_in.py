@@ -49,6 +49,8 @@ def restore_fake_quant(model: nn.Module) -> nn.Module:
 
 
 def _swap(model: nn.Module, pairs: Iterable[tuple[type, type]]) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: an nn.Module is needed, not a {type(model).__name__}")
     other = dict(pairs)
     for module in model.modules():
         # Ours differ in `forward` alone, so that the class is all there is to swap.

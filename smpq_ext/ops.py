@@ -91,6 +91,7 @@ def fake_quantize(
 
     Raises ValueError for contradicting widths, RuntimeError for shapes, dtypes or devices that do not fit.
     """
+    _require("fake_quantize", x=x)
     if not isinstance(scale, Tensor):
         scale = torch.tensor(float(scale), dtype=torch.float32, device=x.device)
     if zero_point is not None and not isinstance(zero_point, Tensor):
@@ -134,6 +135,7 @@ def coalition_fake_quantize(
 
     Raises RuntimeError for shapes, dtypes or devices that do not fit.
     """
+    _require("coalition_fake_quantize", x=x, scale=scale, quant_min=quant_min, quant_max=quant_max, mixtures=mixtures)
     scale, zero_point = _computable(x, scale, zero_point)
     low, high = quant_min.to(torch.int32), quant_max.to(torch.int32)
     _check("coalition_fake_quantize", x, scale, zero_point, low, high, mixtures, parent)
@@ -192,6 +194,7 @@ def quantization_error(
 
     Raises RuntimeError for shapes, dtypes or devices that do not fit.
     """
+    _require("quantization_error", x=x, scale=scale, quant_min=quant_min, quant_max=quant_max)
     scale, zero_point = _computable(x, scale, zero_point)
     low, high = quant_min.to(torch.int32), quant_max.to(torch.int32)
     _check("quantization_error", x, scale, zero_point, low, high)
@@ -231,6 +234,12 @@ def coalition_conv2d(
 
 
 # --- sugar and checks ---
+
+
+def _require(op: str, **given: object) -> None:
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, not a {type(value).__name__}")
 
 
 def _check(op: str, x: Tensor, *others: Tensor | None) -> None:

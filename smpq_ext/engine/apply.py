@@ -49,6 +49,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         raise SmpqError(
             f"plan: a Plan is needed, not a {type(plan).__name__}; `search` gives a Result, use result.plan"
         )
+    if not isinstance(model, nn.Module):
+        raise SmpqError(f"model: an nn.Module is needed, not a {type(model).__name__}")
     copied = duplicate(getattr(model, "_orig_mod", model), share=False)
     rounded: dict[int, tuple[int, nn.Parameter]] = {}  # the float Parameter's id -> width, and what replaces it
     floats = list(copied.parameters())  # kept alive, so that ids stay theirs

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +131,7 @@ def _export(model: nn.Module, batch: Batch) -> tuple[torch.export.ExportedProgra
         if isinstance(x, Tensor) and x.dim() and x.shape[0] == size:
             shapes[x] = {0: samples}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _no_logging():
             warnings.simplefilter("ignore")
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             program = program.run_decompositions({})
@@ -144,6 +146,17 @@ def _export(model: nn.Module, batch: Batch) -> tuple[torch.export.ExportedProgra
             if isinstance(value, Tensor) and value.dim() and isinstance(value.shape[0], torch.SymInt):
                 return program, value.shape[0].node.expr
     raise Uncapturable("its number of samples is fixed")
+
+
+@contextmanager
+def _no_logging() -> Iterator[None]:
+    """torch.export logs whole graphs where it gives up, and what it says is in its exception."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class _Builder:

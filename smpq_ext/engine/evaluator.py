@@ -61,6 +61,8 @@ def evaluator(
         raise SmpqError(f"calibrate: {calibrate!r} is not known; there are mse, minmax and percentile")
     if fixed is not None and not isinstance(fixed, Mapping):
         raise SmpqError(f"fixed: a dict from slot or layer to width or 'float', not a {type(fixed).__name__}")
+    if memory is not None and not (isinstance(memory, int) and memory >= 0):
+        raise SmpqError(f"memory: a number of bytes, not {memory!r}")
     if not (renormalize == "auto" or isinstance(renormalize, bool)):
         raise SmpqError(f"renormalize: 'auto', True or False, not {renormalize!r}")
     if isinstance(model, torch.jit.ScriptModule):
@@ -104,7 +106,7 @@ class TorchEvaluator:
             self.notes += (f"these BatchNorms run several times and keep their own statistics: {repeated}",)
         self.renormalize = bool(once) and renormalize in ("auto", True)
         self.layers: dict[str, nn.Module] = {layer.name: model.get_submodule(layer.name) for layer in layers}
-        self.space = _space(layers, weight_bits, activation_widths, fixed)
+        self.space = _space(layers, weight_bits, activation_widths, fixed, self.left_out)
         self.slots = tuple(slot.name for slot in self.space.slots)
         self.slot_grids = _calibrate(layers, self.space, seen, calibrate)
         self.grids: dict[str, tuple[Grid, ...]] = {
@@ -294,7 +296,7 @@ class TorchEvaluator:
                 targets = samples.part(batch.targets, batch.size, p.start, p.stop)
                 for r in range(n):
                     row = tree_map(lambda x, r=r: x[r] if isinstance(x, Tensor) and x.dim() else x, rows)
-                    value = self.loss_fn(samples.part(row, batch.size, p.start, p.stop), targets)
+                    value = self._loss(samples.part(row, batch.size, p.start, p.stop), targets)
                     if not isinstance(value, Tensor) or value.numel() != 1:
                         raise SmpqError(
                             f"loss: it must return a scalar tensor, not {_shape(value)}; take the mean over the samples"
@@ -302,6 +304,17 @@ class TorchEvaluator:
                     out.append(value.detach().reshape(()).double())
         self.peak_bytes = max(self.peak_bytes, n * self._row_bytes)
         return torch.stack(out).cpu().numpy().reshape(len(self._parts), n).T
+
+    def _loss(self, outputs: Any, targets: Any) -> Any:
+        try:
+            return self.loss_fn(outputs, targets)
+        except (SmpqError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise SmpqError(
+                f"loss: it fails on outputs of the model ({_shape(outputs)}) and targets ({_shape(targets)}): "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def _per_group(self, loss: NDArray[np.float64]) -> NDArray[np.float64]:
         """Losses [rows, parts] to the weighted mean over each group, [rows, groups]."""
@@ -488,6 +501,7 @@ def _space(
     weight_bits: tuple[int, ...],
     activation_bits: tuple[int, ...],
     fixed: Mapping[str, int | str] | None,
+    left_out: Mapping[str, str],
 ) -> Space:
     """The searched and the fixed slots; weights of one Parameter are tied, and its elements counted once."""
     slots: list[Slot] = []
@@ -502,7 +516,7 @@ def _space(
     for key, value in fixed.items():
         if key not in names:
             raise SmpqError(f"fixed: {key!r} is no slot or layer; there are {', '.join(sorted(s.name for s in slots))}")
-        if value != "float" and not (isinstance(value, int) and (1 <= value <= 16 or value == FLOAT_BITS)):
+        if value != "float" and not (isinstance(value, int | np.integer) and (1 <= value <= 16 or value == FLOAT_BITS)):
             raise SmpqError(f"fixed: {key}: a width from 1 to 16, or 'float', not {value!r}")
     owner = {layer.name: layer.shares or layer.name for layer in layers}
     width: dict[str, int] = {}
@@ -518,7 +532,10 @@ def _space(
                     raise SmpqError(f"fixed: {slot.name} and {other.name} are one Parameter and need one width")
     searched = [s for s in slots if s.name not in width]
     if not searched:
-        raise SmpqError("fixed: every slot is fixed, nothing is left to search; give fixed={} to search them all")
+        some = f" (left out: {'; '.join(f'{k}: {why}' for k, why in left_out.items())})" if left_out else ""
+        raise SmpqError(
+            f"fixed: every slot is fixed, nothing is left to search; give fixed={{}} to search them all{some}"
+        )
     tied: dict[str, list[int]] = {}
     for k, slot in enumerate(searched):
         if slot.kind == "weight":
@@ -549,9 +566,9 @@ def _observe(model: nn.Module, layers: list[Layer], batches: tuple[Batch, ...]) 
 
     handles = [layer.module.register_forward_pre_hook(watch(layer.name)) for layer in layers]
     try:
-        for batch in batches:
+        for item, batch in enumerate(batches):
             share = max(1, SAMPLE * batch.size // total)
-            samples.call(model, batch.rows(1, 0, batch.size))
+            samples.run(model, batch, item)
     finally:
         for handle in handles:
             handle.remove()

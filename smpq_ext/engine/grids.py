@@ -90,10 +90,10 @@ def weight_grids(
     one_bit = torch.tensor([b == 1 for b in widths], device=w.device)[:, None]
     scale = torch.where(one_bit, 2 * w.abs().mean(1), scale)
     # An all-zero channel: any step gives 0, but for 1 bit, which has no 0, only a step of 0 does.
-    scale = torch.where(scale > 0, scale, torch.where(one_bit, 0.0, 1.0))
+    scale = torch.where(scale > 0, scale, (~one_bit).to(scale.dtype))
     zero = torch.zeros_like(scale, dtype=torch.int32)
     if 1 in widths:
-        zero = torch.where(one_bit, -0.5, 0.0).expand_as(scale).contiguous()
+        zero = (one_bit.to(scale.dtype) * -0.5).expand_as(scale).contiguous()
     return Grids(scale, zero, low, high, axis)
 
 
@@ -107,7 +107,8 @@ def activation_grids(seen: Observed, widths: tuple[int, ...], calibrate: Calibra
         k = max(1, math.ceil(ACTIVATION_PERCENTILE * x.numel()))
         top = max(0.0, float(x.kthvalue(k).values))
         bottom = min(0.0, float(x.kthvalue(x.numel() + 1 - k).values))
-    start = torch.tensor([bottom, top], device=x.device).expand(len(widths), 2)  # clipping bounds of each width
+    clip = torch.tensor([bottom, top], dtype=x.dtype, device=x.device)
+    start = clip.expand(len(widths), 2)  # clipping bounds of each width
     if calibrate == "mse":
         # First both sides shrink together, then each for itself; a side at 0 stays there.
         sides = (COARSE[:, None].expand(-1, 2), torch.cartesian_prod(WIDE, WIDE), torch.cartesian_prod(NARROW, NARROW))

@@ -116,15 +116,18 @@ class Integer:
             if step.layer in self.layers:
                 self._fuse(i, self.layers[step.layer], outputs)
         self.by_step = {f.step: f for f in self.fused.values()}
-        # Which layers read a value as codes: any of them where it is floating, those of its own layout where it is not.
-        self.consumers = {k: tuple(i for i in found if i in self.by_step) for k, found in self._readers.items()}
-        self.with_values = set()
+        # Who reads a value as codes: `epilogue` are the layers of the same layout, whose codes a fused call writes, and
+        # `quantized` those that get them from the floating value.
+        self.epilogue: dict[int, tuple[int, ...]] = {}
+        self.quantized: dict[int, tuple[int, ...]] = {}
+        self.with_values = set()  # the fused calls whose floating value is read
         for k, found in self._readers.items():
+            readers = [i for i in found if i in self.by_step]
             own = self.fused.get(k)
-            if own is not None:
-                alike = (i for i in self.consumers[k] if self.by_step[i].layer.conv2d == own.layer.conv2d)
-                self.consumers[k] = tuple(alike)
-            if k in outputs or any(i not in self.consumers[k] for i in found):
+            alike = [i for i in readers if own is not None and self.by_step[i].layer.conv2d == own.layer.conv2d]
+            self.epilogue[k] = tuple(alike)
+            self.quantized[k] = tuple(i for i in readers if i not in alike)
+            if k in outputs or len(alike) < len(found):
                 self.with_values.add(k)
         reads = {k: step.operands for k, step in enumerate(graph.steps) if k not in self.absorbed}
         for last, f in self.fused.items():

@@ -15,9 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from smpq_ext.core import SmpqError
-from smpq_ext.engine.samples import Batch, call
+from smpq_ext.engine.samples import Batch, run
 
 LEFT_OUT = {
     nn.MultiheadAttention: "its projections are used in a function, not through forward; use separate nn.Linear layers",
@@ -97,6 +98,10 @@ def check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise SmpqError(f"model: {name} is not initialised (a lazy module); run the model once on a batch first")
+        if parameter.is_meta:
+            raise SmpqError(f"model: {name} is on the meta device and has no values; load the weights first")
+        if parameter.is_inference():
+            raise SmpqError(f"model: {name} was made under inference_mode, load or build the model outside of it")
         if not torch.isfinite(parameter).all():
             layer = name.rpartition(".")[0]
             raise SmpqError(f"model: the parameter {name} of layer {layer!r} holds NaN or infinity")
@@ -115,6 +120,8 @@ def find(model: nn.Module, batch: Batch) -> tuple[list[Layer], dict[str, str], d
     left_out: dict[str, str] = {}
     inside: list[nn.Module] = []
     by_keyword: set[nn.Module] = set()
+    elsewhere: set[nn.Module] = set()  # layers whose weight is used by another module than its own
+    owners = {w.data_ptr(): m for m in candidates if isinstance(w := m._parameters.get("weight"), Tensor)}
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         inside.append(module)
@@ -132,8 +139,12 @@ def find(model: nn.Module, batch: Batch) -> tuple[list[Layer], dict[str, str], d
             elements[module] = elements.get(module, 0) + args[0].numel() // batch.size
             macs[module] = macs.get(module, 0) + positions * weight.numel() // batch.size
 
-    def function(name: str) -> None:
-        if inside and not any(m in candidates or isinstance(m, tuple(LEFT_OUT)) for m in inside):
+    def function(name: str | None, operands: list[Tensor]) -> None:
+        for x in operands:
+            module = owners.get(x.data_ptr()) if type(x) in (Tensor, nn.Parameter) and x.numel() else None
+            if module is not None and inside and all(p is not module.weight for p in inside[-1]._parameters.values()):
+                elsewhere.add(module)
+        if name and inside and not any(m in candidates or isinstance(m, tuple(LEFT_OUT)) for m in inside):
             left_out.setdefault(
                 names[inside[-1]] or "(the model itself)",
                 f"its forward calls {name} directly; only modules that own a weight are quantized",
@@ -143,7 +154,7 @@ def find(model: nn.Module, batch: Batch) -> tuple[list[Layer], dict[str, str], d
     handles += [m.register_forward_hook(leave) for m in names]
     try:
         with _Functions(function):
-            call(model, batch.rows(1, 0, batch.size))
+            run(model, batch, 0)
     finally:
         for handle in handles:
             handle.remove()
@@ -155,6 +166,8 @@ def find(model: nn.Module, batch: Batch) -> tuple[list[Layer], dict[str, str], d
                 reason = "its weight is computed, not a parameter; remove the parametrization or weight norm first"
             elif module in by_keyword:
                 reason = "its forward gets its input by keyword; pass it by position"
+            elif module in elsewhere:
+                reason = "its weight is also used by another module, which would not see it quantized"
             elif channel_axis(module) is None:
                 reason = "no axis of a grouped transposed convolution's weight counts its output channels"
             elif module not in elements:
@@ -178,13 +191,14 @@ def find(model: nn.Module, batch: Batch) -> tuple[list[Layer], dict[str, str], d
 
 
 class _Functions(TorchFunctionMode):
-    """Tells of every call of a product that is not a module's."""
+    """Tells of every call of a function that gives a tensor: its name where it is a product, and its operands."""
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
+    def __init__(self, tell: Callable[[str | None, list[Tensor]], None]) -> None:
         super().__init__()
         self.tell = tell
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in FUNCTIONS:
-            self.tell(FUNCTIONS[func])
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and getattr(func, "__name__", "") != "__get__":
+            self.tell(FUNCTIONS.get(func), [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)])
+        return result

@@ -30,6 +30,15 @@ class _Rows:
     coalition: NDArray[np.int64]  # [rows]: one that has the row
 
 
+@dataclass(frozen=True)
+class _Children:
+    """The codes of a value that each of its readers takes."""
+
+    readers: tuple[int, ...]  # steps
+    row: list[Tensor]  # [children]: of the value
+    grid: list[Tensor]  # [children, 4]
+
+
 class Lockstep:
     """All coalitions advance together, step by step, [rows * samples, ...]; descendants index into their ancestors.
 
@@ -44,7 +53,8 @@ class Lockstep:
         self.rows: list[_Rows] = []
         self._descent: dict[tuple[int, int], Tensor | None] = {}
         self._calls: dict[int, Call] = {}  # of the fused steps, by the last one; empty for mixtures
-        self._children: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        self._children: dict[int, _Children] = {}  # of the fused calls, by their step
+        self._quantized: dict[int, _Children] = {}  # of floating values
         self._frees = graph.frees({k: step.operands for k, step in enumerate(graph.steps)})
 
     @property
@@ -74,16 +84,21 @@ class Lockstep:
             codes = self._codes_place(fused.step)
             parent = self._row_of(codes, place)
             self._calls[last] = self.integer.call(fused, parent, picked[codes], picked[place])
-        for source, consumers in self.integer.consumers.items():
-            if consumers:
-                places = [self._codes_place(c) for c in consumers]
-                child_row = [self._row_of(self._place(source), place) for place in places]
-                grids = [self.integer.by_step[c].layer.grids for c in consumers]
-                child_grid = [g[picked[place]] for g, place in zip(grids, places, strict=True)]
-                self._children[source] = child_row, child_grid
+
+        def children(source: int, readers: tuple[int, ...]) -> _Children:
+            places = [self._codes_place(c) for c in readers]
+            grids = [self.integer.by_step[c].layer.grids for c in readers]
+            return _Children(
+                readers,
+                [self._row_of(self._place(source), place) for place in places],
+                [g[picked[place]] for g, place in zip(grids, places, strict=True)],
+            )
+
+        self._children = {k: children(k, self.integer.epilogue[k]) for k in self.integer.fused}
+        self._quantized = {k: children(k, readers) for k, readers in self.integer.quantized.items() if readers}
 
     def unload(self) -> None:
-        self.rows, self._descent, self._calls, self._children = [], {}, {}, {}
+        self.rows, self._descent, self._calls, self._children, self._quantized = [], {}, {}, {}, {}
 
     def __call__(self, inputs: Any, samples: int) -> Any:
         """The outputs for the inputs of one row, [n * samples, ...], n coalitions being loaded."""
@@ -131,11 +146,11 @@ class Lockstep:
             *(call.padding, fused.layer.packed, call.start, call.parent, call.variant, call.scale, call.bias),
             *(call.norm, call.eps, residual, residual_row, fused.low, fused.high),
             *(fused.layer.geometry, fused.layer.depthwise, wanted),
-            *self._children.get(last, ([], [])),
+            *(self._children[last].row, self._children[last].grid),
         )
         if fused.norm in self.norms:
             self.norms[fused.norm].record(*out[1][-1])
-        codes.update(zip(self.integer.consumers[last], out[2:], strict=True))
+        codes.update(zip(self._children[last].readers, out[2:], strict=True))
         if not wanted:
             return None
         if fused.layer.conv2d:
@@ -146,17 +161,17 @@ class Lockstep:
         """The codes of a floating value for all layers that read it."""
         assert self.integer is not None
         self._look(source, value)
-        consumers, (child_row, child_grid) = self.integer.consumers[source], self._children[source]
+        children = self._quantized[source]
         for conv2d in (True, False):
-            chosen = [i for i, c in enumerate(consumers) if self.integer.by_step[c].layer.conv2d == conv2d]
+            chosen = [i for i, c in enumerate(children.readers) if self.integer.by_step[c].layer.conv2d == conv2d]
             if chosen:
                 x = _pixels(value, self._count(source), conv2d)
-                rows, grids = [child_row[i] for i in chosen], [child_grid[i] for i in chosen]
+                rows, grids = [children.row[i] for i in chosen], [children.grid[i] for i in chosen]
                 same = torch.arange(len(x))
                 out = torch.ops.smpq.coalition_epilogue(
                     x, same, None, None, None, 0.0, None, None, -math.inf, math.inf, False, rows, grids
                 )
-                codes.update(zip([consumers[i] for i in chosen], out[2:], strict=True))
+                codes.update(zip([children.readers[i] for i in chosen], out[2:], strict=True))
 
     def _look(self, step: int, value: Tensor) -> None:
         """Remember where a floating value holds NaN, [n, samples]: no code says so."""

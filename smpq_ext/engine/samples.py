@@ -131,6 +131,19 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
+def run(model: nn.Module, batch: Batch, item: int) -> Any:
+    """The float model's outputs for a batch. Raises SmpqError, naming the item of the data, where its forward fails."""
+    try:
+        return call(model, batch.rows(1, 0, batch.size))
+    except SmpqError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise SmpqError(
+            f"data: the model's forward fails on the inputs of item {item}: {type(error).__name__}: {lines[0]}"
+        ) from error
+
+
 def part(tree: Any, count: int, start: int, stop: int) -> Any:
     """Samples [start, stop) of `count`, of every tensor whose first dimension is a multiple of `count`."""
 
@@ -225,6 +238,6 @@ def is_channels_last(x: Tensor) -> bool:
 
 def take_rows(x: Tensor, rows: int, index: Tensor) -> Tensor:
     """The rows [k] of x [rows * samples, ...] as [k * samples, ...], in the memory format of x."""
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+    if is_channels_last(x):
         return take_rows(x.permute(0, 2, 3, 1), rows, index).permute(0, 3, 1, 2)
     return x.unflatten(0, (rows, -1)).index_select(0, index).flatten(0, 1)
