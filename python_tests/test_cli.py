@@ -191,7 +191,7 @@ BAD = {
     "samples: 99 are asked for": search(samples=99),
     "samples: a number above 0": search(samples=0),
     "batch-size: a number above 0": search(batch_size=-1),
-    "model: its forward fails in layer '6' (Linear) (RuntimeError": search(data="shape.npz"),
+    "model: its forward fails in layer '6' (Linear) on the inputs of item 0 (RuntimeError": search(data="shape.npz"),
     "loss: cross-entropy over 2 classes": search("cli_nets.py:two_classes"),
     "loss: the targets are of type": search(data="cli_nets.py:floats"),
     "Invalid value for '--loss'": search(loss="mse"),

@@ -205,7 +205,11 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, UsageError):
         return error.format_message(), 2  # type: ignore[attr-defined]
     what = f"{type(error).__name__}: {error}".rstrip(": ")
-    layer = _failed_layer(error)
+    layer = None
+    if "torch" in sys.modules:
+        from smpq_ext.engine.samples import failed_layer
+
+        layer = failed_layer(error)
     if layer is not None:
         return f"model: its forward fails in {layer} ({what}); do the data fit it? --debug shows the traceback", 2
     if isinstance(error, OSError) and error.filename is not None:
@@ -213,21 +217,6 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"memory: it is used up ({what}); give fewer --samples, or smaller ones", 2
     return f"internal error ({what}); please report it with what --debug shows", 1
-
-
-def _failed_layer(error: Exception) -> str | None:
-    """The innermost module whose forward the error came through; None where it came through none."""
-    if "torch" not in sys.modules:
-        return None
-    from torch import nn
-
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    inside = [f.f_locals["self"] for f in frames if isinstance(f.f_locals.get("self"), nn.Module)]
-    if not inside:
-        return None
-    names = [name for name, module in inside[0].named_modules() if module is inside[-1]]
-    kind = type(inside[-1]).__name__
-    return f"layer {names[0]!r} ({kind})" if names and names[0] else kind
 
 
 class _Bar:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -138,10 +139,21 @@ def run(model: nn.Module, batch: Batch, item: int) -> Any:
     except SmpqError:
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
+        what, where = f"{type(error).__name__}: {error}".rstrip(": "), failed_layer(error)
         raise SmpqError(
-            f"data: the model's forward fails on the inputs of item {item}: {type(error).__name__}: {lines[0]}"
+            f"model: its forward fails in {where} on the inputs of item {item} ({what}); do the data fit it?"
         ) from error
+
+
+def failed_layer(error: Exception) -> str | None:
+    """The innermost module whose forward the error came through; None where it came through none."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    inside = [f.f_locals["self"] for f in frames if isinstance(f.f_locals.get("self"), nn.Module)]
+    if not inside:
+        return None
+    names = [name for name, module in inside[0].named_modules() if module is inside[-1]]
+    kind = type(inside[-1]).__name__
+    return f"layer {names[0]!r} ({kind})" if names and names[0] else kind
 
 
 def part(tree: Any, count: int, start: int, stop: int) -> Any:
