@@ -6,10 +6,6 @@ namespace {
 
 constexpr const char* op = "coalition_convolution";
 
-int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
-  return (size + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
-}
-
 // Rows whose products a cache holds together are multiplied, normalized by their own statistics, and finished.
 void run_normalized(ConvolutionArgs a, const Tensor& like, const Normalization& norm) {
   Epilogue& e = a.epilogue;
@@ -41,14 +37,16 @@ std::vector<Tensor> coalition_convolution(const Tensor& codes, const Tensor& pad
                                           std::vector<int64_t> geometry, bool depthwise, bool values,
                                           const std::vector<Tensor>& child_row, const std::vector<Tensor>& child_grid) {
   check_tensor(op, codes, "codes", ScalarType::Byte, {-1, -1, -1, -1, -1});
-  SMPQ_CHECK(geometry.size() == 8, op, ": geometry is kernel, stride, padding and dilation, two numbers each");
+  SMPQ_CHECK(geometry.size() == 10, op,
+             ": geometry is kernel, stride, padding before and after, and dilation, two numbers each");
   ConvolutionArgs a{};
   std::copy_n(geometry.begin(), 2, a.kernel);
   std::copy_n(geometry.begin() + 2, 2, a.stride);
-  std::copy_n(geometry.begin() + 4, 2, a.pad);
-  std::copy_n(geometry.begin() + 6, 2, a.dilation);
+  std::copy_n(geometry.begin() + 4, 2, a.before);
+  std::copy_n(geometry.begin() + 6, 2, a.after);
+  std::copy_n(geometry.begin() + 8, 2, a.dilation);
   for (int d = 0; d < 2; ++d) {
-    SMPQ_CHECK(a.kernel[d] > 0 && a.stride[d] > 0 && a.pad[d] >= 0 && a.dilation[d] > 0, op,
+    SMPQ_CHECK(a.kernel[d] > 0 && a.stride[d] > 0 && a.before[d] >= 0 && a.after[d] >= 0 && a.dilation[d] > 0, op,
                ": a number of geometry is out of range");
   }
   const int64_t parents = codes.size(0);
@@ -77,14 +75,15 @@ std::vector<Tensor> coalition_convolution(const Tensor& codes, const Tensor& pad
   SMPQ_CHECK(!depthwise || (a.channels + 15) / 16 == a.outs, op, ": weight does not fit the channels of codes");
   check_indices(op, parent, "parent", parents);
   check_indices(op, variant, "variant", weight.size(0));
-  a.out_height = out_size(a.height, a.kernel[0], a.stride[0], a.pad[0], a.dilation[0]);
-  a.out_width = out_size(a.width, a.kernel[1], a.stride[1], a.pad[1], a.dilation[1]);
-  const auto fits = [](int64_t size, int64_t kernel, int64_t pad, int64_t dilation) {
-    return size + 2 * pad > dilation * (kernel - 1);
-  };
-  SMPQ_CHECK(
-      fits(a.height, a.kernel[0], a.pad[0], a.dilation[0]) && fits(a.width, a.kernel[1], a.pad[1], a.dilation[1]), op,
-      ": the kernel is larger than the padded codes ", shape_of(codes));
+  const int64_t size[] = {a.height, a.width};
+  int64_t out[2];
+  for (int d = 0; d < 2; ++d) {
+    const int64_t room = size[d] + a.before[d] + a.after[d] - a.dilation[d] * (a.kernel[d] - 1) - 1;
+    SMPQ_CHECK(room >= 0, op, ": the kernel is larger than the padded codes ", shape_of(codes));
+    out[d] = room / a.stride[d] + 1;
+  }
+  a.out_height = out[0];
+  a.out_width = out[1];
   const Normalization normalization(op, codes, norm, eps, a.rows, channels, scale, bias);
   EpilogueTensors made =
       make_epilogue(op, codes, a.rows, {a.samples, a.out_height, a.out_width}, channels, normalization.scale,

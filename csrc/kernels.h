@@ -111,7 +111,7 @@ struct ConvolutionArgs {
   const int64_t* parent;   // [rows]
   const int64_t* variant;  // [rows]
   int64_t rows, samples, height, width, channels, outs, out_height, out_width;
-  int64_t kernel[2], stride[2], pad[2], dilation[2];
+  int64_t kernel[2], stride[2], before[2], after[2], dilation[2];  // of height and width; before, after: padding
   bool depthwise;
   Epilogue epilogue;
   // Not null: no epilogue, but the products as they are, of the rows from first_row on, and their sums and sums of

@@ -246,6 +246,20 @@ def weight_used_elsewhere() -> Case:
     return Function(forward, nn.Linear(6, 6), nn.Linear(6, 5), nn.Linear(6, 4)), vectors()
 
 
+def padded_outside() -> Case:
+    """Zeros on some sides, put there by the model itself, as "same" padding in TensorFlow; and other numbers than 0."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = F.relu(self.a(F.pad(x, (0, 1, 2, 1))))
+        x = F.relu(self.b(F.pad(x, (0, 1, 0, 1))))
+        y = F.pad(x, (1, 1, 1, 1))
+        x = self.c(y) + self.d(y) + self.e(F.pad(x, (1, 1, 1, 1), value=0.5))
+        return x.mean((2, 3))
+
+    layers = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, 2, 1, groups=4), *(nn.Conv2d(4, 4, 2) for _ in range(3))
+    return Function(forward, *layers), planes(8)
+
+
 def huge_sums() -> Case:
     """Sums of products beyond 32 bits."""
     model = nn.Sequential(nn.Linear(100_000, 4))
@@ -260,7 +274,7 @@ MODELS: dict[str, Callable[[], Case]] = {
         *(other_sizes, optional_input, named_inputs, last_token, class_token, read_twice, input_read_late),
         *(norm_of_vectors, reflected, output_size, integer_sum, input_without_samples, returned_size),
         *(norm_with_activation, residual_blocks, huge_sums, other_layouts, squeeze_and_excite, normed_shortcut),
-        weight_used_elsewhere,
+        *(weight_used_elsewhere, padded_outside),
     )
 }
 FALL_BACK = {  # and what the note says

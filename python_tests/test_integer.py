@@ -44,15 +44,15 @@ def convolutions(draw: st.DrawFn) -> tuple[Any, ...]:
     parents, rows, variants, samples = (draw(st.integers(low, 3)) for low in (1, 0, 1, 1))
     channels = draw(st.sampled_from([1, 3, 4, 16, 20, 33]))
     outs = channels if depthwise else draw(st.sampled_from([1, 5, 16, 32, 50, 64, 80]))
-    kernel, stride, pad = ([draw(st.integers(low, 3)) for _ in range(2)] for low in (1, 1, 0))
+    kernel, stride, before, after = ([draw(st.integers(low, 3)) for _ in range(2)] for low in (1, 1, 0, 0))
     dilation = [draw(st.integers(1, 2)) for _ in range(2)]
     height, width = (draw(st.integers(d * (k - 1) + 1, 12)) for d, k in zip(dilation, kernel, strict=True))
     padded = -(-channels // 4) * 4
     codes = integers(0, 256, parents, samples, height, width, padded, dtype=torch.uint8)
     codes[..., channels:] = 0
     weight = integers(-128, 128, variants, outs, 1 if depthwise else channels, *kernel)
-    sizes = zip((height, width), kernel, stride, pad, dilation, strict=True)
-    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+    sizes = zip((height, width), kernel, stride, before, after, dilation, strict=True)
+    size = [(n + p + q - d * (k - 1) - 1) // s + 1 for n, k, s, p, q, d in sizes]
     residual = residual_row = None
     if draw(st.booleans()):
         residual = 100 * torch.randn(2, samples, *size, outs, generator=generator)
@@ -69,7 +69,7 @@ def convolutions(draw: st.DrawFn) -> tuple[Any, ...]:
         torch.randn(rows, outs, generator=generator),
         *(norm, 1e-5, residual, residual_row),
         *draw(st.sampled_from([(0.0, 6.0), (-1e30, 1e30), (0.0, 3.4e38)])),
-        [*kernel, *stride, *pad, *dilation],
+        [*kernel, *stride, *before, *after, *dilation],
         *(depthwise, draw(st.booleans())),
         *children(rows, generator, draw(st.integers(0, 3))),
     )
@@ -127,7 +127,7 @@ def example() -> list[Any]:
         torch.zeros(2, 16, dtype=torch.int32),
         *(torch.tensor([0, 1]), torch.tensor([1, 1])),
         *(torch.rand(2, 6), torch.rand(2, 6), torch.rand(2, 6).double(), 1e-5, None, None, 0.0, 6.0),
-        *([3, 3, 1, 1, 1, 1, 1, 1], False, True, [rows], [grids]),
+        *([3, 3, 1, 1, 1, 1, 1, 1, 1, 1], False, True, [rows], [grids]),
     ]
 
 
@@ -152,9 +152,9 @@ def test_opcheck() -> None:
         (6, torch.rand(2, 17), "blocks of 16"),
         (8, torch.zeros(2, 6), "norm"),
         (10, torch.zeros(1, 3, 5, 5, 6), "residual"),
-        (14, [9, 9, 1, 1, 0, 0, 1, 1], "weight"),
+        (14, [9, 9, 1, 1, 0, 0, 0, 0, 1, 1], "weight"),
         (14, [3, 3, 1, 1], "geometry"),
-        (14, [3, 3, 2, 2, 0, 0, 3, 3], "larger than the padded codes"),
+        (14, [3, 3, 2, 2, 0, 0, 0, 0, 3, 3], "larger than the padded codes"),
         (17, [torch.tensor([0, 5])], r"child_row\[1\] is 5"),
         (18, [torch.tensor([[0.1, 0, 0, 300], [0.1, 0, 0, 1]])], "0 to 255"),
     ],

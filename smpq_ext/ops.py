@@ -376,8 +376,8 @@ def _(x, scale, zero_point, quant_min, quant_max, axis):  # type: ignore[no-unty
 @torch.library.register_fake("smpq::coalition_convolution")
 def _(codes, padding, weight, start, parent, variant, scale, bias, norm, eps, *rest):  # type: ignore[no-untyped-def]
     _residual, _residual_row, _low, _high, geometry, _depthwise, values, child_row, _child_grid = rest
-    sizes = zip(codes.shape[2:4], *(geometry[i : i + 2] for i in (0, 2, 4, 6)), strict=True)
-    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+    sizes = zip(codes.shape[2:4], *(geometry[i : i + 2] for i in (0, 2, 4, 6, 8)), strict=True)
+    size = [(n + p + q - d * (k - 1) - 1) // s + 1 for n, k, s, p, q, d in sizes]
     return _new_epilogue(scale, len(parent), [codes.shape[1], *size], scale.shape[1], norm, values, child_row)
 
 

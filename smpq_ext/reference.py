@@ -191,9 +191,9 @@ def coalition_convolution(
     codes: uint8 [parents, samples, height, width, channels], channels a multiple of 4; padding: the code of 0, uint8
     [parents]; weight: int8 [variants, blocks of 16 out, taps, channels / 4, 16, 4], or [variants, blocks of 16
     channels, taps, 16] where depthwise; start: int32 [rows, out up to a multiple of 16]; geometry: kernel, stride,
-    padding and dilation, two numbers each. The rest and what is returned: `coalition_epilogue`.
+    padding before and after, and dilation, for height and width each. The rest: `coalition_epilogue`.
     """
-    kernel, stride, pad, dilation = (list(geometry[i : i + 2]) for i in (0, 2, 4, 6))
+    kernel, stride, before, after, dilation = (list(geometry[i : i + 2]) for i in (0, 2, 4, 6, 8))
     if depthwise:
         kernels = weight.transpose(2, 3).reshape(weight.shape[0], -1, 1, *kernel)[:, : codes.shape[-1]]
     else:
@@ -201,7 +201,7 @@ def coalition_convolution(
     out = []
     for row, (p, v) in enumerate(zip(parent.tolist(), variant.tolist(), strict=True)):
         x = codes[p].permute(0, 3, 1, 2).double()
-        x = torch.nn.functional.pad(x, (pad[1], pad[1], pad[0], pad[0]), value=float(padding[p]))
+        x = torch.nn.functional.pad(x, (before[1], after[1], before[0], after[0]), value=float(padding[p]))
         groups = x.shape[1] if depthwise else 1
         product = torch.nn.functional.conv2d(x, kernels[v].double(), None, stride, 0, dilation, groups)
         product = product + start[row, : product.shape[1], None, None]
@@ -209,8 +209,8 @@ def coalition_convolution(
     if out:
         x = torch.stack(out)
     else:
-        sizes = zip(codes.shape[2:4], kernel, stride, pad, dilation, strict=True)
-        size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+        sizes = zip(codes.shape[2:4], kernel, stride, before, after, dilation, strict=True)
+        size = [(n + p + q - d * (k - 1) - 1) // s + 1 for n, k, s, p, q, d in sizes]
         x = scale.new_empty(0, codes.shape[1], *size, scale.shape[1], dtype=torch.float64)
     return coalition_epilogue(
         *(x, torch.arange(len(x), device=x.device), scale, bias, norm, eps, residual, residual_row, low, high),

@@ -223,9 +223,9 @@ Image frame(const ConvolutionArgs& a, int64_t parent, int64_t sample, uint8_t* p
   Image image{source, line, taps, a.kernel[0] * a.kernel[1]};
   if (padded) {
     image.codes = padded;
-    image.row_bytes = (a.width + 2 * a.pad[1]) * a.channels;
-    const int64_t before = a.pad[0] * image.row_bytes + a.pad[1] * a.channels;
-    std::memset(padded, a.padding[parent], (a.height + 2 * a.pad[0]) * image.row_bytes);
+    image.row_bytes = (a.width + a.before[1] + a.after[1]) * a.channels;
+    const int64_t before = a.before[0] * image.row_bytes + a.before[1] * a.channels;
+    std::memset(padded, a.padding[parent], (a.height + a.before[0] + a.after[0]) * image.row_bytes);
     for (int64_t y = 0; y < a.height; ++y) {
       std::memcpy(padded + before + y * image.row_bytes, source + y * line, line);
     }
@@ -243,10 +243,12 @@ Image frame(const ConvolutionArgs& a, int64_t parent, int64_t sample, uint8_t* p
 void coalition_convolution(const ConvolutionArgs& a, int64_t first_image, int64_t last_image) {
   // Depthwise blocks of 16 channels read past the last pixel where the channels are no multiple of 16.
   const int64_t beyond = a.depthwise && a.channels % kLanes ? kLanes : 0;
-  const Buffer<uint8_t> padded((a.height + 2 * a.pad[0]) * (a.width + 2 * a.pad[1]) * a.channels + beyond);
+  const int64_t height = a.height + a.before[0] + a.after[0], width = a.width + a.before[1] + a.after[1];
+  const int64_t size = height * width * a.channels + beyond;
+  const Buffer<uint8_t> padded(size);
   const Buffer<int64_t> taps(a.kernel[0] * a.kernel[1]);
-  const bool copied = a.pad[0] || a.pad[1] || beyond;
-  if (beyond) std::memset(padded.data(), 0, (a.height + 2 * a.pad[0]) * (a.width + 2 * a.pad[1]) * a.channels + beyond);
+  const bool copied = height > a.height || width > a.width || beyond;
+  if (beyond) std::memset(padded.data(), 0, size);
   for (int64_t unit = first_image; unit < last_image; ++unit) {
     const int64_t row = unit / a.samples, sample = unit % a.samples;
     const Image image = frame(a, a.parent[row], sample, copied ? padded.data() : nullptr, taps.data());

@@ -27,8 +27,9 @@ from smpq_ext.engine.grids import SAMPLE, Calibrate, Grids, Observed, activation
 from smpq_ext.engine.layers import Layer, check_weights, duplicate, find, quiet
 from smpq_ext.engine.samples import Batch
 
-CACHE = 4 << 20  # bytes of the largest activation of one forward: beyond it a CPU waits for memory
-SHARED_CACHE = 16 << 20  # the same in lockstep
+# Bytes of the largest activation of one forward on a CPU: beyond it, it waits for memory. In lockstep more rows are
+# worth more than that: they share what comes before they part (docs/performance.md).
+CACHE, LOCKSTEP = 4 << 20, 128 << 20
 
 
 def evaluator(
@@ -266,7 +267,7 @@ class TorchEvaluator:
         images = memory // max(1, sample_bytes)
         cached = images
         if self.device.type == "cpu":
-            cached = (SHARED_CACHE if lockstep else CACHE) // max(1, largest)
+            cached = (LOCKSTEP if lockstep else CACHE) // max(1, largest)
         # In lockstep rows are worth more than samples: they share what comes before they part.
         most = min(MERGE, count) if lockstep else count
         whole = self.renormalize or not self._folds

@@ -41,8 +41,10 @@ class IntegerLayer:
         if self.depthwise and not module.groups == module.in_channels == outs:
             raise ValueError("no groups of several channels")
         self.conv2d = layer.conv2d
-        geometry = (kernel.shape[2:], module.stride, module.padding, module.dilation) if layer.conv2d else ()
-        self.geometry = [int(x) for pair in geometry for x in pair] or [1, 1, 1, 1, 0, 0, 1, 1]
+        self.kernel = tuple(kernel.shape[2:])
+        self.stride, self.padding, self.dilation = (
+            (module.stride, module.padding, module.dilation) if layer.conv2d else ((1, 1), (0, 0), (1, 1))
+        )
 
         steps = weight.scale.double() / torch.where(weight.quant_max == 0, 2, 1)[:, None]  # 1 bit: -1 and 1 half steps
         packed, sums = [], []
@@ -69,6 +71,7 @@ class Fused:
     layer: IntegerLayer
     source: int  # the step that it reads
     norm: str | None
+    geometry: tuple[int, ...]  # kernel, stride, padding before and after, dilation
     residual: int | None
     low: float
     high: float
@@ -105,10 +108,7 @@ class Integer:
                 self.layers[k] = IntegerLayer(layer)
             except ValueError:
                 continue
-        self._readers: dict[int, list[int]] = {k: [] for k in range(len(graph.steps))}
-        for i, step in enumerate(graph.steps):
-            for k in step.operands:
-                self._readers[k].append(i)
+        self._readers = _readers({i: step.operands for i, step in enumerate(graph.steps)})
         outputs = graph.returned
         self.fused: dict[int, Fused] = {}
         self.absorbed: set[int] = set()  # steps inside of fused calls
@@ -121,18 +121,19 @@ class Integer:
         self.epilogue: dict[int, tuple[int, ...]] = {}
         self.quantized: dict[int, tuple[int, ...]] = {}
         self.with_values = set()  # the fused calls whose floating value is read
-        for k, found in self._readers.items():
-            readers = [i for i in found if i in self.by_step]
-            own = self.fused.get(k)
-            alike = [i for i in readers if own is not None and self.by_step[i].layer.conv2d == own.layer.conv2d]
-            self.epilogue[k] = tuple(alike)
-            self.quantized[k] = tuple(i for i in readers if i not in alike)
-            if k in outputs or len(alike) < len(found):
-                self.with_values.add(k)
         reads = {k: step.operands for k, step in enumerate(graph.steps) if k not in self.absorbed}
         for last, f in self.fused.items():
             reads[last] = (f.source,) if f.residual is None else (f.source, f.residual)
         self.frees = graph.frees(reads)
+        for k, found in _readers(reads).items():
+            layers = [f for i in found if (f := self.fused.get(i)) is not None and f.source == k]
+            own = self.fused.get(k)
+            alike = [f.step for f in layers if own is not None and f.layer.conv2d == own.layer.conv2d]
+            self.epilogue[k] = tuple(alike)
+            self.quantized[k] = tuple(f.step for f in layers if f.step not in alike)
+            floating = any(i not in self.fused or self.fused[i].residual == k for i in found)
+            if k in outputs or floating or self.quantized[k]:
+                self.with_values.add(k)
 
     def _fuse(self, i: int, layer: IntegerLayer, outputs: set[int]) -> None:
         steps = self.graph.steps
@@ -140,13 +141,15 @@ class Integer:
         members = [i]
         while last not in outputs and len(self._readers[last]) == 1:
             follower = self._readers[last][0]
+            if follower in self.absorbed or follower in self.fused:
+                break  # the sum with an earlier layer, which reads this one's value
             step = steps[follower]
             clamp = _clamp(step)
             if step.norm in self.norms and members == [i]:
                 norm = step.norm
             elif step.target is aten.add.Tensor and not step.kwargs and residual is None and len(step.operands) == 2:
                 other = next(k for k in step.operands if k != last)
-                same = steps[follower].place == steps[i].place and other < i and steps[other].place is not None
+                same = steps[follower].place == steps[i].place and steps[other].place is not None
                 if not same or self.graph.kinds[other] != self.graph.kinds[last]:
                     break
                 residual = other
@@ -159,8 +162,28 @@ class Integer:
                 break
             last = follower
             members.append(follower)
-        self.fused[last] = Fused(i, layer, steps[i].operands[0], norm, residual, low, high)
+        source, (top, left, bottom, right) = steps[i].operands[0], (*layer.padding, *layer.padding)
+        if layer.conv2d and (zeros := self._zeros(source)) is not None:
+            self.absorbed.add(source)
+            source = steps[source].operands[0]
+            top, left, bottom, right = (a + b for a, b in zip((top, left, bottom, right), zeros, strict=True))
+        geometry = (*layer.kernel, *layer.stride, top, left, bottom, right, *layer.dilation)
+        self.fused[last] = Fused(i, layer, source, norm, geometry, residual, low, high)
         self.absorbed.update(members[:-1])
+
+    def _zeros(self, step: int) -> tuple[int, ...] | None:
+        """The rows and columns of zeros (top, left, bottom, right) that a step puts around planes, for one reader."""
+        target, args = self.graph.steps[step].target, self.graph.steps[step].args
+        if target is aten.pad.default:
+            constant = args[2:] in ((), ("constant",), ("constant", None), ("constant", 0.0))
+        else:
+            constant = target is aten.constant_pad_nd.default and args[2:] in ((), (0,))
+        if not constant or len(args[1]) != 4 or min(args[1]) < 0:
+            return None
+        if len(self._readers[step]) > 1 or step in self.graph.returned:
+            return None
+        left, right, top, bottom = args[1]
+        return top, left, bottom, right
 
     def call(self, fused: Fused, parent: Tensor, activation: Tensor, weight: Tensor) -> Call:
         """The tensors of a call: codes on the grids `activation` [parents], rows `parent` [n], weights `weight` [n]."""
@@ -187,6 +210,15 @@ class Integer:
             norm=norm,
             eps=eps,
         )
+
+
+def _readers(reads: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+    """The steps that read each step, where step i reads `reads[i]`."""
+    found: dict[int, list[int]] = {k: [] for k in reads}
+    for i, operands in reads.items():
+        for k in dict.fromkeys(operands):
+            found[k].append(i)
+    return found
 
 
 def _clamp(step: Step) -> tuple[float, float] | None:

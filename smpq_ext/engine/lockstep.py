@@ -145,7 +145,7 @@ class Lockstep:
             codes.pop(fused.step),
             *(call.padding, fused.layer.packed, call.start, call.parent, call.variant, call.scale, call.bias),
             *(call.norm, call.eps, residual, residual_row, fused.low, fused.high),
-            *(fused.layer.geometry, fused.layer.depthwise, wanted),
+            *(fused.geometry, fused.layer.depthwise, wanted),
             *(self._children[last].row, self._children[last].grid),
         )
         if fused.norm in self.norms:
