@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-Samples = tuple[Tensor, Tensor]  # inputs, targets
+from smpq_ext.engine.losses import IGNORED
 
-IGNORED = -100  # the target of a padded token, as in torch's cross-entropy
+Samples = tuple[Tensor, Tensor]  # inputs, targets
 
 
 @dataclass(frozen=True)

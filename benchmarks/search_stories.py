@@ -30,7 +30,7 @@ def judge_nll(inputs: torch.Tensor, targets: torch.Tensor, batch: int = 50) -> J
         with torch.inference_mode():
             for x, y in zip(inputs.split(batch), targets.split(batch), strict=True):
                 loss = nn.functional.cross_entropy(
-                    model(x).flatten(0, 1), y.flatten(), reduction="none", ignore_index=-100
+                    model(x).flatten(0, 1), y.flatten(), reduction="none", ignore_index=data.IGNORED
                 )
                 total.append(loss.view(y.shape).sum(1))
                 count.append((y != data.IGNORED).sum(1))

@@ -15,10 +15,10 @@ from unittest import mock
 
 import numpy as np
 
+import smpq_ext
 from benchmarks import data, models
 from benchmarks.environment import save_table
-from smpq_ext.engine import evaluator as engine
-from smpq_ext.engine.grids import weight_grids
+from smpq_ext.engine import grids
 
 BITS = (2, 3, 4, 6)
 
@@ -26,11 +26,13 @@ BITS = (2, 3, 4, 6)
 def losses(lowest_code: bool, **settings: Any) -> list[float]:
     """The loss with all slots at each of BITS, by grids with or without the lowest code."""
 
-    def grids(weight: Any, axis: int, widths: Any, calibrate: Any, both_signs: bool) -> Any:
+    weight_grids = grids.weight_grids
+
+    def made(weight: Any, axis: int, widths: Any, calibrate: Any, both_signs: bool) -> Any:
         return weight_grids(weight, axis, widths, calibrate, lowest_code)
 
-    with mock.patch.object(engine, "weight_grids", grids):
-        value = engine.evaluator(bits=BITS, **settings)
+    with mock.patch.object(grids, "weight_grids", made):
+        value = smpq_ext.evaluator(bits=BITS, **settings)
     rows = np.repeat(np.arange(len(BITS), dtype=np.int8)[:, None], len(value.slots), axis=1)
     return (-value(rows)).tolist()
 

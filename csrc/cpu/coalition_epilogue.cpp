@@ -23,6 +23,50 @@ void block(const EpilogueArgs& a, int64_t row, int64_t first, int64_t last, int6
   }
 }
 
+// At most four channels, as in an image: four pixels at once.
+void narrow(const EpilogueArgs& a, int64_t row, int64_t first, int64_t last) {
+  const Epilogue& e = a.epilogue;
+  constexpr int kWide = 4, kPixels = kLanes / kWide;
+  const size_t bytes = e.channels * sizeof(float);
+  Floats scale = Floats{} + 1.0f, bias{};
+  Bytes there{};
+  for (int k = 0; k < kPixels; ++k) {
+    for (int c = 0; c < e.channels; ++c) {
+      there[k * kWide + c] = 255;
+      if (e.scale) scale[k * kWide + c] = e.scale[row * e.channels + c];
+      if (e.bias) bias[k * kWide + c] = e.bias[row * e.channels + c];
+    }
+  }
+  const float* x = a.values + a.parent[row] * e.pixels * e.channels;
+  const float* residual = e.residual ? e.residual + e.residual_row[row] * e.pixels * e.channels : nullptr;
+  for (int64_t pixel = first; pixel < last; pixel += kPixels) {
+    const int pixels = static_cast<int>(std::min<int64_t>(kPixels, last - pixel));
+    float value[kLanes] = {}, other[kLanes] = {};
+    for (int k = 0; k < pixels; ++k) {
+      std::memcpy(value + k * kWide, x + (pixel + k) * e.channels, bytes);
+      if (residual) std::memcpy(other + k * kWide, residual + (pixel + k) * e.channels, bytes);
+    }
+    Floats y, added;
+    load(y, value);
+    load(added, other);
+    if (e.scale) y = y * scale + bias;
+    if (residual) y += added;
+    clamp(y, e);
+    if (e.values) {
+      std::memcpy(value, &y, sizeof y);
+      for (int k = 0; k < pixels; ++k) {
+        std::memcpy(e.values + (row * e.pixels + pixel + k) * e.channels, value + k * kWide, bytes);
+      }
+    }
+    for (int64_t c = e.child_begin[row]; c < e.child_begin[row + 1]; ++c) {
+      Bytes codes;
+      quantize(codes, y, e.children[c]);
+      codes &= there;
+      std::memcpy(e.children[c].codes + pixel * kWide, &codes, pixels * kWide);
+    }
+  }
+}
+
 void moments_of(const EpilogueArgs& a, int64_t row, int64_t first, int64_t last, int64_t channel, double* to) {
   const int64_t channels = a.epilogue.channels;
   const int n = static_cast<int>(std::min<int64_t>(kLanes, channels - channel));
@@ -60,6 +104,10 @@ void coalition_epilogue(const EpilogueArgs& a, int64_t first_unit, int64_t last_
   for (int64_t unit = first_unit; unit < last_unit; ++unit) {
     const int64_t row = unit / units, first = unit % units * kEpiloguePixels;
     const int64_t last = std::min(first + kEpiloguePixels, e.pixels);
+    if (e.channels <= 4) {
+      narrow(a, row, first, last);
+      continue;
+    }
     int64_t channel = 0;
     for (; channel + kLanes <= e.channels; channel += kLanes) block<true>(a, row, first, last, channel);
     if (channel < e.channels) block<false>(a, row, first, last, channel);

@@ -19,13 +19,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import smpq_ext
 from smpq_ext import ops
-from smpq_ext.core import FLOAT_BITS, Assignments, Grid, Mixtures, Slot, SmpqError, Space, Values
-from smpq_ext.engine import losses, samples
+from smpq_ext.core import Assignments, Grid, Mixtures, SmpqError, Values
+from smpq_ext.engine import grids, losses, samples
 from smpq_ext.engine.capture import Graph, Uncapturable, capture
 from smpq_ext.engine.executor import MERGE, Executor, Meter, free_memory
-from smpq_ext.engine.grids import SAMPLE, Calibrate, Grids, Observed, activation_grids, weight_grids
+from smpq_ext.engine.grids import Calibrate, Grids
 from smpq_ext.engine.layers import Layer, check_weights, duplicate, find, quiet
 from smpq_ext.engine.samples import Batch
+from smpq_ext.engine.space import candidates, make_space
 
 # Bytes of the largest activation of one forward on a CPU: beyond it, it waits for memory. In lockstep more rows are
 # worth more than that: they share what comes before they part (docs/performance.md).
@@ -87,10 +88,10 @@ class TorchEvaluator:
         fixed: Mapping[str, int | str] | None,
         calibrate: Calibrate,
     ) -> None:
-        weight_bits = _widths("bits", bits)
+        weight_bits = candidates("bits", bits)
         activation_widths = weight_bits
         if activation_bits is not None:
-            activation_widths = _widths("activation_bits", activation_bits, empty=True)
+            activation_widths = candidates("activation_bits", activation_bits, empty=True)
         self.model = model
         self.device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         self.notes: tuple[str, ...] = ()
@@ -100,16 +101,16 @@ class TorchEvaluator:
         twin = duplicate(model, share=True)
         with quiet(self.device):
             layers, self.left_out, norms = find(twin, batches[0])
-            seen = _observe(twin, layers, batches)
+            seen = grids.observe(twin, layers, batches)
         once = tuple(name for name, calls in norms.items() if calls == 1)
         if len(once) < len(norms):
             repeated = ", ".join(name for name in norms if name not in once)
             self.notes += (f"these BatchNorms run several times and keep their own statistics: {repeated}",)
         self.renormalize = bool(once) and renormalize in ("auto", True)
         self.layers: dict[str, nn.Module] = {layer.name: model.get_submodule(layer.name) for layer in layers}
-        self.space = _space(layers, weight_bits, activation_widths, fixed, self.left_out)
+        self.space = make_space(layers, weight_bits, activation_widths, fixed, self.left_out)
         self.slots = tuple(slot.name for slot in self.space.slots)
-        self.slot_grids = _calibrate(layers, self.space, seen, calibrate)
+        self.slot_grids = grids.calibrate(layers, self.space, seen, calibrate)
         self.grids: dict[str, tuple[Grid, ...]] = {
             name: tuple(g.grid(k) for k in range(len(g.scale))) for name, g in self.slot_grids.items()
         }
@@ -451,8 +452,8 @@ class TorchEvaluator:
         versions = (smpq_ext.__version__, torch.__version__, self.device.type, ops.compiled, path)
         for piece in (versions, state, code, self.space, loss):
             sha.update(repr(piece).encode())
-        grids = [(name, g.scale, g.zero_point, g.quant_min, g.quant_max) for name, g in self.slot_grids.items()]
-        sha.update(samples.digest([list(tensors), list(tensors.values()), grids]).encode())
+        tables = [(name, g.scale, g.zero_point, g.quant_min, g.quant_max) for name, g in self.slot_grids.items()]
+        sha.update(samples.digest([list(tensors), list(tensors.values()), tables]).encode())
         return sha.hexdigest()
 
 
@@ -474,121 +475,16 @@ class _Loaded:
 
 
 def _captured(
-    model: nn.Module, layers: list[Layer], grids: Mapping[str, Grids], batches: tuple[Batch, ...]
+    model: nn.Module, layers: list[Layer], quantized: Mapping[str, Grids], batches: tuple[Batch, ...]
 ) -> Graph | str:
     """The model's graph, or why there is none."""
     if not ops.compiled:
         return "without the compiled planner coalitions are folded into the batch"
     try:
-        return capture(model, layers, grids, batches)
+        return capture(model, layers, quantized, batches)
     except Exception as error:  # the model itself runs: whatever capturing stumbles over, it can do without
         why = str(error) if isinstance(error, Uncapturable) else repr(error)
         return f"torch.export cannot capture the model, coalitions are folded into the batch: {why}"
-
-
-def _widths(name: str, bits: Sequence[int], empty: bool = False) -> tuple[int, ...]:
-    try:
-        widths = tuple(sorted({int(b) for b in bits}))
-        good = all(int(b) == b for b in bits) and all(1 <= b <= 16 for b in widths)
-    except (TypeError, ValueError):
-        good, widths = False, ()
-    if not good or not (widths or empty):
-        raise SmpqError(f"{name}: widths from 1 to 16, such as (2, 4, 8), not {bits!r}")
-    return widths
-
-
-def _space(
-    layers: list[Layer],
-    weight_bits: tuple[int, ...],
-    activation_bits: tuple[int, ...],
-    fixed: Mapping[str, int | str] | None,
-    left_out: Mapping[str, str],
-) -> Space:
-    """The searched and the fixed slots; weights of one Parameter are tied, and its elements counted once."""
-    slots: list[Slot] = []
-    for layer in layers:
-        own = layer.shares is None
-        weight = layer.weight
-        slots.append(Slot(layer.name, "weight", weight.numel() * own, layer.macs, weight.shape[layer.axis] * own))
-        slots.append(Slot(layer.name, "activation", layer.elements, layer.macs, 1))
-    if fixed is None:
-        fixed = {layers[0].name: 8, layers[-1].name: 8}
-    names = {s.name for s in slots} | {layer.name for layer in layers}
-    for key, value in fixed.items():
-        if key not in names:
-            raise SmpqError(f"fixed: {key!r} is no slot or layer; there are {', '.join(sorted(s.name for s in slots))}")
-        if value != "float" and not (isinstance(value, int | np.integer) and (1 <= value <= 16 or value == FLOAT_BITS)):
-            raise SmpqError(f"fixed: {key}: a width from 1 to 16, or 'float', not {value!r}")
-    owner = {layer.name: layer.shares or layer.name for layer in layers}
-    width: dict[str, int] = {}
-    for slot in slots:
-        weightless = slot.kind == "activation" and not activation_bits
-        wanted = fixed.get(slot.name) or ("float" if weightless else fixed.get(slot.layer))
-        if wanted is not None:
-            width[slot.name] = FLOAT_BITS if wanted == "float" else int(wanted)
-    for slot in slots:  # a fixed weight fixes all that share its Parameter
-        if slot.kind == "weight" and slot.name in width:
-            for other in (s for s in slots if s.kind == "weight" and owner[s.layer] == owner[slot.layer]):
-                if width.setdefault(other.name, width[slot.name]) != width[slot.name]:
-                    raise SmpqError(f"fixed: {slot.name} and {other.name} are one Parameter and need one width")
-    searched = [s for s in slots if s.name not in width]
-    if not searched:
-        some = f" (left out: {'; '.join(f'{k}: {why}' for k, why in left_out.items())})" if left_out else ""
-        raise SmpqError(
-            f"fixed: every slot is fixed, nothing is left to search; give fixed={{}} to search them all{some}"
-        )
-    tied: dict[str, list[int]] = {}
-    for k, slot in enumerate(searched):
-        if slot.kind == "weight":
-            tied.setdefault(owner[slot.layer], []).append(k)
-    return Space(
-        tuple(searched),
-        tuple(weight_bits if s.kind == "weight" else activation_bits for s in searched),
-        tuple((s, width[s.name]) for s in slots if s.name in width),
-        tuple(tuple(group) for group in tied.values() if len(group) > 1),
-    )
-
-
-def _observe(model: nn.Module, layers: list[Layer], batches: tuple[Batch, ...]) -> dict[str, Observed]:
-    """What enters every layer of the float model. Raises SmpqError where it is not finite."""
-    total = sum(b.size for b in batches)
-    seen = {layer.name: Observed() for layer in layers}
-    share = 0  # of SAMPLE, for one call on the batch in hand
-
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if not torch.isfinite(args[0]).all():
-                raise SmpqError(
-                    f"model: what enters layer {name!r} holds NaN or infinity; look at the data, or the layers before"
-                )
-            seen[name].add(args[0], share)
-
-        return hook
-
-    handles = [layer.module.register_forward_pre_hook(watch(layer.name)) for layer in layers]
-    try:
-        for item, batch in enumerate(batches):
-            share = max(1, SAMPLE * batch.size // total)
-            samples.run(model, batch, item)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
-def _calibrate(
-    layers: list[Layer], space: Space, seen: Mapping[str, Observed], calibrate: Calibrate
-) -> dict[str, Grids]:
-    """The grids of every slot that is not float."""
-    widths = {s.name: c for s, c in zip(space.slots, space.candidates, strict=True)}
-    widths |= {s.name: (w,) for s, w in space.fixed if w != FLOAT_BITS}
-    found: dict[str, Grids] = {}
-    for layer in layers:
-        if (name := f"{layer.name}.weight") in widths:
-            found[name] = weight_grids(layer.weight, layer.axis, widths[name], calibrate, seen[layer.name].low < 0)
-        if (name := f"{layer.name}.activation") in widths:
-            found[name] = activation_grids(seen[layer.name], widths[name], calibrate)
-    return found
 
 
 def _per_row(x: Any, n: int, size: int) -> Any:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smpq_ext import ops
-from smpq_ext.core import Grid
+from smpq_ext.core import FLOAT_BITS, Grid, SmpqError, Space
+from smpq_ext.engine import samples
+from smpq_ext.engine.layers import Layer
+from smpq_ext.engine.samples import Batch
 
 Calibrate = Literal["mse", "minmax", "percentile"]
 SAMPLE = 1 << 18  # elements of an activation that the search looks at
@@ -57,6 +61,46 @@ class Observed:
         stride = -(-x.numel() // limit) | 1  # odd, so that it does not walk along one column of an image
         kept = x.reshape(-1)[::stride].float()
         self.sample = kept.clone() if self.sample is None else torch.cat([self.sample, kept])
+
+
+def observe(model: nn.Module, layers: list[Layer], batches: tuple[Batch, ...]) -> dict[str, Observed]:
+    """What enters every layer of the float model. Raises SmpqError where it is not finite."""
+    total = sum(b.size for b in batches)
+    seen = {layer.name: Observed() for layer in layers}
+    share = 0  # of SAMPLE, for one call on the batch in hand
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if not torch.isfinite(args[0]).all():
+                raise SmpqError(
+                    f"model: what enters layer {name!r} holds NaN or infinity; look at the data, or the layers before"
+                )
+            seen[name].add(args[0], share)
+
+        return hook
+
+    handles = [layer.module.register_forward_pre_hook(watch(layer.name)) for layer in layers]
+    try:
+        for item, batch in enumerate(batches):
+            share = max(1, SAMPLE * batch.size // total)
+            samples.run(model, batch, item)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def calibrate(layers: list[Layer], space: Space, seen: Mapping[str, Observed], how: Calibrate) -> dict[str, Grids]:
+    """The grids of every slot that is not float."""
+    widths = {s.name: c for s, c in zip(space.slots, space.candidates, strict=True)}
+    widths |= {s.name: (w,) for s, w in space.fixed if w != FLOAT_BITS}
+    found: dict[str, Grids] = {}
+    for layer in layers:
+        if (name := f"{layer.name}.weight") in widths:
+            found[name] = weight_grids(layer.weight, layer.axis, widths[name], how, seen[layer.name].low < 0)
+        if (name := f"{layer.name}.activation") in widths:
+            found[name] = activation_grids(seen[layer.name], widths[name], how)
+    return found
 
 
 def weight_grids(
