@@ -4,10 +4,6 @@
 #include <cstring>
 #include <new>
 
-#if defined(__AVX512VNNI__)
-#include <immintrin.h>
-#endif
-
 #include "../kernels.h"
 #include "epilogue.h"
 
@@ -97,15 +93,30 @@ void multiply(const ConvolutionArgs& a, const uint8_t* x, int64_t step, const Im
 template <int T>
 void multiply_depthwise(const uint8_t* x, int64_t step, const Image& image, const int8_t* weight, const int32_t* start,
                         int32_t (&out)[T][kLanes]) {
-  for (int t = 0; t < T; ++t) std::copy(start, start + kLanes, out[t]);
-  for (int64_t k = 0; k < image.tap_count; ++k) {
-    const int64_t tap = image.taps[k];
+#if defined(__AVX512VNNI__)
+  __m512i sum[T];
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) sum[t] = _mm512_loadu_si512(start);
+  for (int64_t k = 0; k < image.tap_count; ++k, weight += kLanes) {
+    const __m512i w = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weight)));
+#pragma GCC unroll 16
     for (int t = 0; t < T; ++t) {
-      const uint8_t* codes = x + tap + t * step;
+      const auto* codes = reinterpret_cast<const __m128i*>(x + image.taps[k] + t * step);
+      // Pairs of 16 bits: the upper half of a code is 0, so the upper half of the weight does not matter.
+      sum[t] = _mm512_dpwssd_epi32(sum[t], _mm512_cvtepu8_epi32(_mm_loadu_si128(codes)), w);
+    }
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) _mm512_storeu_si512(out[t], sum[t]);
+#else
+  for (int t = 0; t < T; ++t) std::copy(start, start + kLanes, out[t]);
+  for (int64_t k = 0; k < image.tap_count; ++k, weight += kLanes) {
+    for (int t = 0; t < T; ++t) {
+      const uint8_t* codes = x + image.taps[k] + t * step;
       for (int lane = 0; lane < kLanes; ++lane) out[t][lane] += codes[lane] * weight[lane];
     }
-    weight += kLanes;
   }
+#endif
 }
 
 // What an image of a row meets in the blocks of output channels that are computed together.
@@ -183,17 +194,11 @@ void tile(const ConvolutionArgs& a, const Image& image, Block<blocks>& b, int64_
     Floats scale, bias;
     load(scale, b.scale + o * kLanes);
     load(bias, b.bias + o * kLanes);
-    const bool whole = channel + kLanes <= e.channels;
-    const int n = static_cast<int>(e.channels - channel), n_codes = static_cast<int>(e.code_channels - channel);
     for (int t = 0; t < T; ++t) {
       Ints sums;
       load(sums, products[t] + o * kLanes);
       const Floats product = __builtin_convertvector(sums, Floats) * scale + bias;
-      if (whole) {
-        finish<true>(e, b.row, pixel + t, channel, product, kLanes, kLanes);
-      } else {
-        finish<false>(e, b.row, pixel + t, channel, product, n, n_codes);
-      }
+      finish(e, b.row, pixel + t, channel, product);
     }
   }
 }

@@ -6,20 +6,17 @@
 namespace smpq::cpu::SMPQ_ISA {
 namespace {
 
-template <bool whole>
 void block(const EpilogueArgs& a, int64_t row, int64_t first, int64_t last, int64_t channel) {
   const Epilogue& e = a.epilogue;
-  const int n = whole ? kLanes : static_cast<int>(e.channels - channel);
-  const int n_codes = whole ? kLanes : static_cast<int>(e.code_channels - channel);
-  const size_t bytes = n * sizeof(float);
+  const int n = static_cast<int>(std::min<int64_t>(kLanes, e.channels - channel));
   Floats scale = Floats{} + 1.0f, bias{};
-  if (e.scale) std::memcpy(&scale, e.scale + row * e.channels + channel, bytes);
-  if (e.bias) std::memcpy(&bias, e.bias + row * e.channels + channel, bytes);
+  if (e.scale) std::memcpy(&scale, e.scale + row * e.channels + channel, n * sizeof(float));
+  if (e.bias) std::memcpy(&bias, e.bias + row * e.channels + channel, n * sizeof(float));
   const float* x = a.values + a.parent[row] * e.pixels * e.channels + channel;
   for (int64_t pixel = first; pixel < last; ++pixel) {
     Floats value{};
-    std::memcpy(&value, x + pixel * e.channels, whole ? sizeof(Floats) : bytes);
-    finish<whole>(e, row, pixel, channel, e.scale ? value * scale + bias : value, n, n_codes);
+    copy_channels<4>(&value, x + pixel * e.channels, n);
+    finish(e, row, pixel, channel, e.scale ? value * scale + bias : value);
   }
 }
 
@@ -74,7 +71,7 @@ void moments_of(const EpilogueArgs& a, int64_t row, int64_t first, int64_t last,
   Doubles sum{}, square{};
   for (int64_t pixel = first; pixel < last; ++pixel) {
     Floats value{};
-    std::memcpy(&value, x + pixel * channels, n == kLanes ? sizeof value : n * sizeof(float));
+    copy_channels<4>(&value, x + pixel * channels, n);
     const Doubles exact = __builtin_convertvector(value, Doubles);
     sum += exact;
     square += exact * exact;
@@ -108,9 +105,7 @@ void coalition_epilogue(const EpilogueArgs& a, int64_t first_unit, int64_t last_
       narrow(a, row, first, last);
       continue;
     }
-    int64_t channel = 0;
-    for (; channel + kLanes <= e.channels; channel += kLanes) block<true>(a, row, first, last, channel);
-    if (channel < e.channels) block<false>(a, row, first, last, channel);
+    for (int64_t channel = 0; channel < e.channels; channel += kLanes) block(a, row, first, last, channel);
   }
 }
 

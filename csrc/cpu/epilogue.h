@@ -3,6 +3,10 @@
 
 #include <cstring>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "../kernels.h"
 
 namespace smpq::cpu::SMPQ_ISA {
@@ -30,30 +34,59 @@ inline void quantize(Bytes& codes, const Floats& y, const Child& child) {
   steps = steps <= child.high ? steps : Floats{} + child.high;
   // rint: adding and taking away 1.5 * 2^23 leaves an integer, half to even.
   steps = (steps + 12582912.0f) - 12582912.0f + child.zero_point;
-  codes = __builtin_convertvector(__builtin_convertvector(steps, Ints), Bytes);
+  const Ints whole = __builtin_convertvector(steps, Ints);
+#if defined(__AVX512F__)
+  // One instruction, of which the compiler makes several; the form without a mask warns in gcc 12.
+  const __m128i narrow = _mm512_maskz_cvtepi32_epi8(0xffff, reinterpret_cast<const __m512i&>(whole));
+  std::memcpy(&codes, &narrow, sizeof codes);
+#else
+  codes = __builtin_convertvector(whole, Bytes);
+#endif
 }
 
-// 16 channels of one pixel; unless `whole`, `n` of them are there, `n_codes` in the codes.
-template <bool whole>
-inline __attribute__((always_inline)) void finish(const Epilogue& e, int64_t row, int64_t pixel, int64_t channel,
-                                                  const Floats& product, int n, int n_codes) {
-  const size_t bytes = whole ? sizeof(Floats) : n * sizeof(float);
+// The floats of `n` channels, most often all of 4 * quads: a copy of a size that the compiler knows is no call.
+template <int quads>
+inline __attribute__((always_inline)) void copy_channels(void* to, const void* from, int n) {
+  std::memcpy(to, from, n == 4 * quads ? 4 * quads * sizeof(float) : n * sizeof(float));
+}
+
+template <int quads>
+inline __attribute__((always_inline)) void finish_quads(const Epilogue& e, int64_t row, int64_t pixel, int64_t channel,
+                                                        const Floats& product, int n) {
   Floats y = product;
   if (e.residual) {
     Floats other{};
-    std::memcpy(&other, e.residual + (e.residual_row[row] * e.pixels + pixel) * e.channels + channel, bytes);
+    copy_channels<quads>(&other, e.residual + (e.residual_row[row] * e.pixels + pixel) * e.channels + channel, n);
     y += other;
   }
   clamp(y, e);
-  if (e.values) std::memcpy(e.values + (row * e.pixels + pixel) * e.channels + channel, &y, bytes);
+  if (e.values) copy_channels<quads>(e.values + (row * e.pixels + pixel) * e.channels + channel, &y, n);
   for (int64_t c = e.child_begin[row]; c < e.child_begin[row + 1]; ++c) {
     const Child& child = e.children[c];
     Bytes codes;
     quantize(codes, y, child);
-    if constexpr (!whole) {
-      for (int k = n; k < kLanes; ++k) codes[k] = 0;
+    if (n < kLanes) {
+      const Bytes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+      codes &= lane < static_cast<uint8_t>(n);
     }
-    std::memcpy(child.codes + pixel * e.code_channels + channel, &codes, whole ? sizeof(Bytes) : n_codes);
+    std::memcpy(child.codes + pixel * e.code_channels + channel, &codes, 4 * quads);
+  }
+}
+
+// Up to 16 channels of one pixel, from `channel` on.
+inline __attribute__((always_inline)) void finish(const Epilogue& e, int64_t row, int64_t pixel, int64_t channel,
+                                                  const Floats& product) {
+  const int n = static_cast<int>(e.channels - channel);
+  if (n >= kLanes) return finish_quads<4>(e, row, pixel, channel, product, kLanes);
+  switch ((n + 3) / 4) {
+    case 1:
+      return finish_quads<1>(e, row, pixel, channel, product, n);
+    case 2:
+      return finish_quads<2>(e, row, pixel, channel, product, n);
+    case 3:
+      return finish_quads<3>(e, row, pixel, channel, product, n);
+    default:
+      return finish_quads<4>(e, row, pixel, channel, product, n);
   }
 }
 
