@@ -98,12 +98,12 @@ void multiply_depthwise(const uint8_t* x, int64_t step, const Image& image, cons
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) sum[t] = _mm512_loadu_si512(start);
   for (int64_t k = 0; k < image.tap_count; ++k, weight += kLanes) {
-    const __m512i w = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weight)));
+    const __m512i w = _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(weight)));
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t) {
       const auto* codes = reinterpret_cast<const __m128i*>(x + image.taps[k] + t * step);
       // Pairs of 16 bits: the upper half of a code is 0, so the upper half of the weight does not matter.
-      sum[t] = _mm512_dpwssd_epi32(sum[t], _mm512_cvtepu8_epi32(_mm_loadu_si128(codes)), w);
+      sum[t] = _mm512_dpwssd_epi32(sum[t], _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(codes)), w);
     }
   }
 #pragma GCC unroll 16
