@@ -112,16 +112,18 @@ class Baseline:
     @torch.no_grad()
     def losses(self, rows: NDArray[Any]) -> NDArray[np.float64]:
         """The losses [n] of assignments [n, slots], or of mixtures [n, slots, candidates]."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch says of itself, compiling and batching
+            outputs = self._outputs(rows)
+        return np.array([float(self.evaluator.loss_fn(y, self.targets)) for y in outputs])
+
+    def _outputs(self, rows: NDArray[Any]) -> list[Tensor]:
         if self.kind == "B5":
             chunks = torch.from_numpy(rows.astype(np.int64)).split(TOGETHER)
-            outputs = [y for chunk in chunks for y in torch.func.vmap(self._of_row)(chunk)]
-        elif self.compiled is not None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                outputs = [self.compiled(row) for row in torch.from_numpy(rows.astype(np.int64))]
-        else:
-            outputs = [self._of_row(row) for row in rows]
-        return np.array([float(self.evaluator.loss_fn(y, self.targets)) for y in outputs])
+            return [y for chunk in chunks for y in torch.func.vmap(self._of_row)(chunk)]
+        if self.compiled is not None:
+            return [self.compiled(row) for row in torch.from_numpy(rows.astype(np.int64))]
+        return [self._of_row(row) for row in rows]
 
     def _of_row(self, row: Any) -> Tensor:
         self.row = row
