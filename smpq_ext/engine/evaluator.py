@@ -30,7 +30,7 @@ from smpq_ext.engine.space import candidates, make_space
 
 # Bytes of the largest activation of one forward on a CPU: beyond it, it waits for memory. In lockstep more rows are
 # worth more than that: they share what comes before they part (docs/performance.md).
-CACHE, LOCKSTEP = 4 << 20, 128 << 20
+CACHE, LOCKSTEP = 4 << 20, 32 << 20
 
 
 def evaluator(
@@ -260,7 +260,7 @@ class TorchEvaluator:
             with _Loaded(self, rows.astype(np.float32)), Meter() as meter:
                 outputs = self._executor.forward(batch, 0, few)
             sample_bytes = max(sample_bytes, -(-meter.peak // few))
-            largest = max(largest, meter.largest // few)
+            largest = largest or meter.largest // few  # of the assignment
         result = sum(x.numel() * x.element_size() for x in tree_leaves(outputs) if isinstance(x, Tensor))
         memory = free_memory(self.device) // 4 if self._memory is None else self._memory
         count = max(b.size for b in self._run_batches)

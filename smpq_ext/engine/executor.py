@@ -176,6 +176,14 @@ class QuantizedLayer:
             rows = ops.coalition_fake_quantize(
                 rows, g.scale, g.zero_point, g.quant_min, g.quant_max, mixtures, parent=parent
             )
+        elif parent is not None and variant is not None and self.linear and rows[0].numel() >= MERGE * rows.shape[-1]:
+            # Nothing is gathered, and nothing put together: a row is multiplied where its parent stands.
+            out = rows.new_empty(n, *rows.shape[1:-1], self.variants.shape[1])
+            for y, p, v in zip(out, parent, variant, strict=True):
+                torch.mm(rows[p].flatten(0, -2), self.variants[v].t(), out=y.view(-1, y.shape[-1]))
+            if self.module.bias is not None:
+                out += self.module.bias
+            return out.flatten(0, 1)
         elif parent is not None:
             rows = take_rows(x, parents, parent).unflatten(0, (n, -1))
         m = self.module
