@@ -15,7 +15,7 @@ from benchmarks.environment import RESULTS, markdown
 README = Path(__file__).parent.parent / "README.md"
 PERCENT = {"search_resnet20": "top-1, %"}  # scores from 0 to 1
 HEADS = {**PERCENT, "search_stories": "NLL per token"}
-ENGINE = ("model", "game", "ours µs", "B2 µs", "B4 µs", "vs B2", "vs B4", "int8 limit µs")
+ENGINE = ("model", "game", "ours µs", "B2 µs", "B3 µs", "B4 µs", "vs B2", "vs B3", "vs B4", "int8 limit µs")
 
 
 def search(name: str, rows: list[dict[str, Any]]) -> str:
