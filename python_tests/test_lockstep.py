@@ -79,6 +79,19 @@ def test_lockstep_is_the_swapped_model_bit_for_bit(name: str, seed: int, renorma
     np.testing.assert_allclose(shared, swapped, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["Tokens", "Shared", "Branches"])
+def test_weights_alone_are_multiplied_where_their_parents_stand(name: str) -> None:
+    model, data = build(name, 0)
+    settings = {"bits": (2, 3, 8), "activation_bits": (), "fixed": {}, "renormalize": False}
+    ev = smpq_ext.evaluator(model, data, **settings)
+    assert ev._executor.lockstep is not None
+    rows = np.random.default_rng(0).integers(0, ev.space.highest() + 1, (9, len(ev.slots))).astype(np.int8)
+    rows[3:6, :-1] = rows[3, :-1]  # that share all but the last weight
+    shared = ev.by_group(rows)
+    ev._executor.lockstep = None
+    np.testing.assert_allclose(shared, ev.by_group(rows), rtol=1e-6)
+
+
 class Wanders(nn.Module):
     """Control flow on the data."""
 
