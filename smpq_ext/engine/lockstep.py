@@ -223,10 +223,9 @@ class Lockstep:
         if source == place:
             return None
         if (source, place) not in self._descent:
-            index = self._row_of(source, place)
             rows = self.rows[source].row[self.rows[place].coalition]
             same = np.array_equal(rows, np.arange(len(self.rows[source].coalition)))
-            self._descent[source, place] = None if same else index
+            self._descent[source, place] = None if same else self._index(rows)
         return self._descent[source, place]
 
     def _descend(self, value: Any, source: int | None, place: int) -> Any:
