@@ -4,24 +4,6 @@
 namespace smpq {
 namespace {
 
-// Rows that a cache holds together are normalized by their own statistics, and finished.
-void run_normalized(const EpilogueArgs& a, const Tensor& like, const Normalization& norm) {
-  const Epilogue& e = a.epilogue;
-  const int64_t group = norm.rows_together(e, a.rows), units = cpu::epilogue_units(e);
-  const Tensor kept = new_float64(like, {group * units * 2 * e.channels});
-  double* moments = mutable_data<double>(kept);
-  for (int64_t start = 0; start < a.rows; start += group) {
-    const int64_t end = std::min(start + group, a.rows);
-    torch::stable::parallel_for(0, (end - start) * units, 4, [&](int64_t first, int64_t last) {
-      SMPQ_ON_CPU(coalition_moments, a, start, moments, first, last);
-    });
-    for (int64_t row = start; row < end; ++row) {
-      norm.apply(row, moments + (row - start) * units * 2 * e.channels, units, e);
-    }
-    finish_rows(a, start, end);
-  }
-}
-
 std::vector<Tensor> coalition_epilogue(const Tensor& x, const Tensor& parent, const OptionalTensor& scale,
                                        const OptionalTensor& bias, const OptionalTensor& norm, double eps,
                                        const OptionalTensor& residual, const OptionalTensor& residual_row, double low,
@@ -38,11 +20,18 @@ std::vector<Tensor> coalition_epilogue(const Tensor& x, const Tensor& parent, co
                     residual, residual_row, low, high, values, child_row, child_grid);
   const EpilogueArgs args{data<float>(x), data<int64_t>(parent), rows, made.epilogue};
   made.out.insert(made.out.begin() + 1, normalization.statistics);
-  if (norm) {
-    run_normalized(args, x, normalization);
-  } else {
-    finish_rows(args, 0, rows);
+  const auto finish = [&](int64_t first, int64_t last) { finish_rows(args, first, last); };
+  if (!norm) {
+    finish(0, rows);
+    return made.out;
   }
+  const int64_t units = cpu::epilogue_units(args.epilogue);
+  const auto moments = [&](int64_t first_row, int64_t last_row, double* to) {
+    torch::stable::parallel_for(0, (last_row - first_row) * units, 4, [&](int64_t first, int64_t last) {
+      SMPQ_ON_CPU(coalition_moments, args, first_row, to, first, last);
+    });
+  };
+  normalization.run(args.epilogue, rows, units, moments, finish);
   return made.out;
 }
 

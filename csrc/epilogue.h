@@ -31,13 +31,32 @@ inline void check_indices(const char* op, const Tensor& t, const char* name, int
 // An Epilogue with the tensors that it writes, and the children of every row.
 struct EpilogueTensors {
   Epilogue epilogue{};
-  std::vector<Tensor> out;  // the values (no rows where they are not wanted), and codes for each list of children
+  std::vector<Tensor> out;  // the values (no rows where they are not wanted), and each list of children
   std::vector<int64_t> child_begin;
   std::vector<Child> children;
+  std::vector<Candidate> candidates;
 };
 
+// Scale, zero point and bounds, side by side.
+inline Grid<float> grid_at(const float* g) {
+  return make_grid<float>(g[0], g[1], static_cast<int32_t>(g[2]), static_cast<int32_t>(g[3]));
+}
+
+// Mixture `i` of a grid [children, candidates, 5]; the candidates that have a share go to `found`.
+inline Child mixed_child(const Tensor& grid, int64_t i, std::vector<Candidate>& found) {
+  const float* g = data<float>(grid) + i * grid.size(1) * 5;
+  const size_t first = found.size();
+  for (int64_t c = 0; c < grid.size(1); ++c, g += 5) {
+    if (g[4] == 0.0f) continue;
+    const auto folded = fold(grid_at(g));
+    found.push_back({folded.inv_scale, folded.low, folded.high, folded.scale, g[4]});
+  }
+  return {nullptr, 0, 0, 0, 0, nullptr, found.data() + first, static_cast<int64_t>(found.size() - first)};
+}
+
 // `size`: [samples, height, width] of one row. child_row[k] [children]: the rows that they descend from; child_grid[k]
-// [children, 4]: scale, zero point and bounds of their codes.
+// [children, 4]: scale, zero point and bounds of their codes; or [children, candidates, 5]: these and the share of each
+// candidate of their mixtures.
 inline EpilogueTensors make_epilogue(const char* op, const Tensor& like, int64_t rows, const std::vector<int64_t>& size,
                                      int64_t channels, const OptionalTensor& scale, const OptionalTensor& bias,
                                      const OptionalTensor& residual, const OptionalTensor& residual_row, double low,
@@ -72,26 +91,43 @@ inline EpilogueTensors make_epilogue(const char* op, const Tensor& like, int64_t
   SMPQ_CHECK(child_row.size() == child_grid.size(), op, ": child_row and child_grid must have as many entries");
   auto& begin = made.child_begin;
   begin.assign(rows + 1, 0);
-  int64_t total = 0;
+  int64_t total = 0, candidates = 0;
   for (size_t k = 0; k < child_row.size(); ++k) {
     const int64_t n = child_row[k].numel();
+    const bool mixed = child_grid[k].dim() == 3;
     check_tensor(op, child_row[k], "child_row", ScalarType::Long, {n});
-    check_tensor(op, child_grid[k], "child_grid", ScalarType::Float, {n, 4});
+    check_tensor(op, child_grid[k], "child_grid", ScalarType::Float,
+                 mixed ? std::vector<int64_t>{n, -1, 5} : std::vector<int64_t>{n, 4});
     check_indices(op, child_row[k], "child_row", rows);
-    made.out.push_back(torch::stable::new_empty(like, shape(n, e.code_channels), ScalarType::Byte));
+    made.out.push_back(torch::stable::new_empty(like, shape(n, mixed ? channels : e.code_channels),
+                                                mixed ? ScalarType::Float : ScalarType::Byte));
     for (int64_t i = 0; i < n; ++i) ++begin[data<int64_t>(child_row[k])[i] + 1];
     total += n;
+    if (mixed) candidates += n * child_grid[k].size(1);
   }
   std::partial_sum(begin.begin(), begin.end(), begin.begin());
   std::vector<int64_t> next(begin.begin(), begin.end() - 1);
   made.children.resize(total);
+  made.candidates.reserve(candidates);  // children point into it
   for (size_t k = 0; k < child_row.size(); ++k) {
     for (int64_t i = 0; i < child_row[k].numel(); ++i) {
+      Child& child = made.children[next[data<int64_t>(child_row[k])[i]]++];
+      if (child_grid[k].dim() == 3) {
+        child = mixed_child(child_grid[k], i, made.candidates);
+        child.mixed = mutable_data<float>(made.out[k + 1]) + i * e.pixels * channels;
+        continue;
+      }
       const float* g = data<float>(child_grid[k]) + 4 * i;
       SMPQ_CHECK(g[2] >= 0 && g[3] <= 255, op, ": the bounds of child_grid must be from 0 to 255");
-      const auto folded = fold(make_grid<float>(g[0], g[1], static_cast<int32_t>(g[2]), static_cast<int32_t>(g[3])));
-      uint8_t* codes = mutable_data<uint8_t>(made.out[k + 1]) + i * e.pixels * e.code_channels;
-      made.children[next[data<int64_t>(child_row[k])[i]]++] = {codes, folded.inv_scale, folded.low, folded.high, g[1]};
+      const auto folded = fold(grid_at(g));
+      child = {mutable_data<uint8_t>(made.out[k + 1]) + i * e.pixels * e.code_channels,
+               folded.inv_scale,
+               folded.low,
+               folded.high,
+               g[1],
+               nullptr,
+               nullptr,
+               0};
     }
   }
   e.child_begin = begin.data();
@@ -131,12 +167,28 @@ class Normalization {
   }
 
   // So many rows that a cache still holds them when they are read for the second time.
-  int64_t rows_together(const Epilogue& e, int64_t rows) const {
+  static int64_t rows_together(const Epilogue& e, int64_t rows) {
     constexpr int64_t kCached = 8 << 20;  // bytes
     const int64_t row = std::max<int64_t>(e.pixels * e.channels * 4, 1);
     return std::clamp<int64_t>(kCached / row, 1, std::max<int64_t>(rows, 1));
   }
 
+  // For groups of rows_together rows [first, last): take(first, last, moments) writes moments [rows, parts, 2,
+  // channels], and finish(first, last) reads the scale and bias that they make.
+  template <class Take, class Finish>
+  void run(const Epilogue& e, int64_t rows, int64_t parts, Take&& take, Finish&& finish) const {
+    const int64_t group = rows_together(e, rows), size = parts * 2 * channels_;
+    const Tensor kept = new_float64(statistics, {group * size});
+    double* moments = mutable_data<double>(kept);
+    for (int64_t first = 0; first < rows; first += group) {
+      const int64_t last = std::min(first + group, rows);
+      take(first, last, moments);
+      for (int64_t row = first; row < last; ++row) apply(row, moments + (row - first) * size, parts, e);
+      finish(first, last);
+    }
+  }
+
+ private:
   // moments: [parts, 2, channels] of the row.
   void apply(int64_t row, const double* moments, int64_t parts, const Epilogue& e) const {
     std::vector<double> total(2 * channels_, 0.0);
@@ -158,7 +210,6 @@ class Normalization {
     }
   }
 
- private:
   OptionalTensor norm_;
   double eps_;
   int64_t channels_;

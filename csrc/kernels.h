@@ -70,17 +70,25 @@ struct QuantizationErrorArgs {
   Shape3 shape;
 };
 
-// A row of codes that descends from a row of values: where it goes, and its grid, with the zero point folded into the
-// bounds: code = rint(clamp(value * inv_scale, low, high)) + zero_point.
-struct Child {
-  uint8_t* codes;  // [pixels, code_channels]
-  float inv_scale, low, high, zero_point;
+// A width of a mixture, its zero point folded into the bounds: share * rint(clamp(value * inv_scale, low, high)) *
+// scale.
+struct Candidate {
+  float inv_scale, low, high, scale, share;
 };
 
-// What becomes of the products of a layer, pixel by pixel, [channels] being the fastest dimension: value =
-// clamp(product
-// * scale + bias + residual, low, high), and its codes on the grid of every child. Codes have their own number of
-// channels, a multiple of four; those beyond `channels` are 0.
+// A row that descends from a row of values, as codes or as a mixture of widths: where it goes, and its grid. With the
+// zero point folded into the bounds, code = rint(clamp(value * inv_scale, low, high)) + zero_point.
+struct Child {
+  uint8_t* codes;  // [pixels, code_channels], or null for a mixture
+  float inv_scale, low, high, zero_point;
+  float* mixed;  // [pixels, channels]
+  const Candidate* candidates;
+  int64_t count;
+};
+
+// What becomes of the products of a layer, pixel by pixel, [channels] being the fastest dimension:
+// value = clamp(product * scale + bias + residual, low, high), and what every child makes of it. Codes have their own
+// number of channels, a multiple of four; those beyond `channels` are 0.
 struct Epilogue {
   const float* scale;           // [rows, channels]
   const float* bias;            // [rows, channels]
@@ -101,13 +109,32 @@ struct EpilogueArgs {
   Epilogue epilogue;
 };
 
-// Integer products of codes, exact: row r multiplies the codes of parent[r] by weight variant[r], and adds start[r].
+// What an input of type X is multiplied with, and what the products are added up in.
+template <class X>
+struct Multiplied;
+template <>
+struct Multiplied<uint8_t> {
+  using Weight = int8_t;
+  using Sum = int32_t;
+  static constexpr int together = 4;  // channels in one instruction
+};
+template <>
+struct Multiplied<float> {
+  using Weight = float;
+  using Sum = float;
+  static constexpr int together = 1;
+};
+
+// Products of codes, exact, or of floats: row r multiplies x[parent[r]] by weight variant[r], and adds start[r].
+template <class X>
 struct ConvolutionArgs {
-  const uint8_t* codes;    // [parents, samples, height, width, channels], channels a multiple of 4
-  const int8_t* weight;    // [variants, outs, taps, channels / 4, 16, 4], outs counting blocks of 16 output channels;
-                           // depthwise: [variants, outs, taps, 16]
-  const uint8_t* padding;  // [parents]: the code of 0
-  const int32_t* start;    // [rows, outs * 16]: minus the zero point's share of the products
+  using Weight = typename Multiplied<X>::Weight;
+  using Sum = typename Multiplied<X>::Sum;
+  const X* x;            // [parents, samples, height, width, channels], channels a multiple of `together`
+  const Weight* weight;  // [variants, outs, taps, channels / together, 16, together], outs counting blocks of 16 output
+                         // channels; depthwise: [variants, outs, taps, 16]
+  const X* padding;      // [parents]: what stands for 0
+  const Sum* start;      // [rows, outs * 16]: minus the zero point's share of the products
   const int64_t* parent;   // [rows]
   const int64_t* variant;  // [rows]
   int64_t rows, samples, height, width, channels, outs, out_height, out_width;
@@ -139,7 +166,8 @@ const char* isa_name();
                                int64_t first_block, int64_t last_block);                                           \
   template <class T, class C, class Z>                                                                             \
   void quantization_error(const QuantizationErrorArgs<T, C, Z>&, int64_t first_piece, int64_t last_piece);         \
-  void coalition_convolution(const ConvolutionArgs&, int64_t first_image, int64_t last_image);                     \
+  template <class X>                                                                                               \
+  void coalition_convolution(const ConvolutionArgs<X>&, int64_t first_image, int64_t last_image);                  \
   void coalition_epilogue(const EpilogueArgs&, int64_t first_unit, int64_t last_unit);                             \
   /* units: from first_row on; moments: [units, 2, channels], sums and sums of squares of the values */            \
   void coalition_moments(const EpilogueArgs&, int64_t first_row, double* moments, int64_t first_unit,              \

@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <type_traits>
 
 #include "../kernels.h"
 #include "epilogue.h"
@@ -26,18 +27,37 @@ class Buffer {
   T* memory_;
 };
 
+template <class X>
+using Vector = std::conditional_t<std::is_same_v<X, float>, Floats, Ints>;  // of sums
+
 // Where the pixels of one image are, its border filled in.
+template <class X>
 struct Image {
-  const uint8_t* codes;
-  int64_t row_bytes;
+  const X* x;
+  int64_t line;         // elements from one row of pixels to the next
   const int64_t* taps;  // offsets of the kernel's positions
   int64_t tap_count;
 };
 
+// Calls f(offset, group) for every `together` channels of every tap: where they are in x, and in a block of weights.
+template <int together, class X, class F>
+inline __attribute__((always_inline)) void for_each_group(int64_t channels, const Image<X>& image, F&& f) {
+  int64_t group = 0;
+  for (int64_t k = 0; k < image.tap_count; ++k) {
+    int64_t offset = image.taps[k];
+    const int64_t end = offset + channels;
+    for (; offset + 4 * together <= end; offset += 4 * together, group += 4) {
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) f(offset + u * together, group + u);
+    }
+    for (; offset < end; offset += together, ++group) f(offset, group);
+  }
+}
+
 // Products of `T` neighbouring output pixels and `blocks` x 16 output channels, kept in registers.
 template <int T, int blocks>
-void multiply(const ConvolutionArgs& a, const uint8_t* x, int64_t step, const Image& image, const int8_t* weight,
-              const int32_t* start, int32_t (&out)[T][blocks * kLanes]) {
+void multiply(const ConvolutionArgs<uint8_t>& a, const uint8_t* x, int64_t step, const Image<uint8_t>& image,
+              const int8_t* weight, const int32_t* start, int32_t (&out)[T][blocks * kLanes]) {
   const int64_t panel = image.tap_count * a.channels * kLanes;  // bytes of a block of channels
 #if defined(__AVX512VNNI__)
   __m512i sum[T][blocks];
@@ -46,23 +66,19 @@ void multiply(const ConvolutionArgs& a, const uint8_t* x, int64_t step, const Im
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t) sum[t][o] = _mm512_loadu_si512(start + o * kLanes);
   }
-  for (int64_t k = 0; k < image.tap_count; ++k) {
-    const int64_t tap = image.taps[k];
-    for (int64_t c = 0; c < a.channels; c += 4) {
-      __m512i w[blocks];
+  for_each_group<4>(a.channels, image, [&](int64_t offset, int64_t group) __attribute__((always_inline)) {
+    __m512i w[blocks];
 #pragma GCC unroll 4
-      for (int o = 0; o < blocks; ++o) w[o] = _mm512_loadu_si512(weight + o * panel);
-      weight += 4 * kLanes;
+    for (int o = 0; o < blocks; ++o) w[o] = _mm512_loadu_si512(weight + o * panel + group * 4 * kLanes);
 #pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) {
-        int32_t four;
-        std::memcpy(&four, x + tap + t * step + c, 4);
-        const __m512i codes = _mm512_set1_epi32(four);
+    for (int t = 0; t < T; ++t) {
+      int32_t four;
+      std::memcpy(&four, x + offset + t * step, 4);
+      const __m512i codes = _mm512_set1_epi32(four);
 #pragma GCC unroll 4
-        for (int o = 0; o < blocks; ++o) sum[t][o] = _mm512_dpbusd_epi32(sum[t][o], codes, w[o]);
-      }
+      for (int o = 0; o < blocks; ++o) sum[t][o] = _mm512_dpbusd_epi32(sum[t][o], codes, w[o]);
     }
-  }
+  });
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 4
@@ -89,10 +105,73 @@ void multiply(const ConvolutionArgs& a, const uint8_t* x, int64_t step, const Im
 #endif
 }
 
+template <int T, int blocks>
+void multiply(const ConvolutionArgs<float>& a, const float* x, int64_t step, const Image<float>& image,
+              const float* weight, const float* start, float (&out)[T][blocks * kLanes]) {
+  const int64_t panel = image.tap_count * a.channels * kLanes;
+#if defined(__AVX512F__)
+  __m512 sum[T][blocks];
+#pragma GCC unroll 4
+  for (int o = 0; o < blocks; ++o) {
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) sum[t][o] = _mm512_loadu_ps(start + o * kLanes);
+  }
+  for_each_group<1>(a.channels, image, [&](int64_t offset, int64_t group) __attribute__((always_inline)) {
+    __m512 w[blocks];
+#pragma GCC unroll 4
+    for (int o = 0; o < blocks; ++o) w[o] = _mm512_loadu_ps(weight + o * panel + group * kLanes);
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) {
+      const __m512 value = _mm512_set1_ps(x[offset + t * step]);
+#pragma GCC unroll 4
+      for (int o = 0; o < blocks; ++o) sum[t][o] = _mm512_fmadd_ps(value, w[o], sum[t][o]);
+    }
+  });
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+    for (int o = 0; o < blocks; ++o) _mm512_storeu_ps(out[t] + o * kLanes, sum[t][o]);
+  }
+#else
+  Floats sum[T][blocks];
+  for (int t = 0; t < T; ++t) {
+    for (int o = 0; o < blocks; ++o) load(sum[t][o], start + o * kLanes);
+  }
+  for (int64_t k = 0; k < image.tap_count; ++k) {
+    const float* pixel = x + image.taps[k];
+    for (int64_t c = 0; c < a.channels; ++c, ++pixel, weight += kLanes) {
+      for (int o = 0; o < blocks; ++o) {
+        Floats w;
+        load(w, weight + o * panel);
+        for (int t = 0; t < T; ++t) sum[t][o] += pixel[t * step] * w;
+      }
+    }
+  }
+  std::memcpy(out, sum, sizeof sum);
+#endif
+}
+
 // One product per channel and tap.
 template <int T>
-void multiply_depthwise(const uint8_t* x, int64_t step, const Image& image, const int8_t* weight, const int32_t* start,
-                        int32_t (&out)[T][kLanes]) {
+void multiply_depthwise(const float* x, int64_t step, const Image<float>& image, const float* weight,
+                        const float* start, float (&out)[T][kLanes]) {
+  Floats sum[T];
+  for (int t = 0; t < T; ++t) load(sum[t], start);
+  for (int64_t k = 0; k < image.tap_count; ++k, weight += kLanes) {
+    Floats w;
+    load(w, weight);
+    for (int t = 0; t < T; ++t) {
+      Floats value;
+      load(value, x + image.taps[k] + t * step);
+      sum[t] += value * w;
+    }
+  }
+  std::memcpy(out, sum, sizeof sum);
+}
+
+template <int T>
+void multiply_depthwise(const uint8_t* x, int64_t step, const Image<uint8_t>& image, const int8_t* weight,
+                        const int32_t* start, int32_t (&out)[T][kLanes]) {
 #if defined(__AVX512VNNI__)
   __m512i sum[T];
 #pragma GCC unroll 16
@@ -120,16 +199,16 @@ void multiply_depthwise(const uint8_t* x, int64_t step, const Image& image, cons
 }
 
 // What an image of a row meets in the blocks of output channels that are computed together.
-template <int blocks>
+template <class X, int blocks>
 struct Block {
   int64_t row, sample, first;  // channel
   int lanes;                   // channels that are there
-  const int8_t* weight;
-  const int32_t* start;
+  const typename Multiplied<X>::Weight* weight;
+  const typename Multiplied<X>::Sum* start;
   float scale[blocks * kLanes], bias[blocks * kLanes];
   double sum[blocks * kLanes], square[blocks * kLanes];
 
-  Block(const ConvolutionArgs& a, int64_t row_, int64_t sample_, int64_t block, int64_t taps)
+  Block(const ConvolutionArgs<X>& a, int64_t row_, int64_t sample_, int64_t block, int64_t taps)
       : row(row_), sample(sample_), first(block * kLanes) {
     weight = a.weight + (a.variant[row] * a.outs + block) * taps * kLanes * (a.depthwise ? 1 : a.channels);
     start = a.start + row * a.outs * kLanes + first;
@@ -144,7 +223,7 @@ struct Block {
     std::copy_n(e.bias + row * e.channels + first, lanes, bias);
   }
 
-  void write_moments(const ConvolutionArgs& a) const {
+  void write_moments(const ConvolutionArgs<X>& a) const {
     const int64_t channels = a.epilogue.channels;
     double* to = a.moments + ((row - a.first_row) * a.samples + sample) * 2 * channels + first;
     std::copy_n(sum, lanes, to);
@@ -153,8 +232,9 @@ struct Block {
 };
 
 // The products of T pixels as they are, and their moments.
-template <int T, int blocks>
-void keep(const ConvolutionArgs& a, Block<blocks>& b, int64_t pixel, const int32_t (&products)[T][blocks * kLanes]) {
+template <class X, int T, int blocks>
+void keep(const ConvolutionArgs<X>& a, Block<X, blocks>& b, int64_t pixel,
+          const typename Multiplied<X>::Sum (&products)[T][blocks * kLanes]) {
   const int64_t channels = a.epilogue.channels;
   float* to = a.products + ((b.row - a.first_row) * a.epilogue.pixels + pixel) * channels + b.first;
   for (int o = 0; o < blocks; ++o) {
@@ -163,7 +243,7 @@ void keep(const ConvolutionArgs& a, Block<blocks>& b, int64_t pixel, const int32
     load(sum, b.sum + o * kLanes);
     load(square, b.square + o * kLanes);
     for (int t = 0; t < T; ++t) {
-      Ints product;
+      Vector<X> product;
       load(product, products[t] + o * kLanes);
       const Doubles exact = __builtin_convertvector(product, Doubles);
       sum += exact;
@@ -176,11 +256,11 @@ void keep(const ConvolutionArgs& a, Block<blocks>& b, int64_t pixel, const int32
   }
 }
 
-template <int T, int blocks>
-void tile(const ConvolutionArgs& a, const Image& image, Block<blocks>& b, int64_t oy, int64_t ox) {
+template <int T, class X, int blocks>
+void tile(const ConvolutionArgs<X>& a, const Image<X>& image, Block<X, blocks>& b, int64_t oy, int64_t ox) {
   const int64_t step = a.stride[1] * a.channels;
-  const uint8_t* x = image.codes + oy * a.stride[0] * image.row_bytes + ox * step + (a.depthwise ? b.first : 0);
-  int32_t products[T][blocks * kLanes];
+  const X* x = image.x + oy * a.stride[0] * image.line + ox * step + (a.depthwise ? b.first : 0);
+  typename Multiplied<X>::Sum products[T][blocks * kLanes];
   if (a.depthwise) {
     if constexpr (blocks == 1) multiply_depthwise<T>(x, step, image, b.weight, b.start, products);
   } else {
@@ -188,14 +268,14 @@ void tile(const ConvolutionArgs& a, const Image& image, Block<blocks>& b, int64_
   }
   const Epilogue& e = a.epilogue;
   const int64_t pixel = (b.sample * a.out_height + oy) * a.out_width + ox;
-  if (a.products) return keep<T, blocks>(a, b, pixel, products);
+  if (a.products) return keep<X, T, blocks>(a, b, pixel, products);
   for (int o = 0; o < blocks; ++o) {
     const int64_t channel = b.first + o * kLanes;
     Floats scale, bias;
     load(scale, b.scale + o * kLanes);
     load(bias, b.bias + o * kLanes);
     for (int t = 0; t < T; ++t) {
-      Ints sums;
+      Vector<X> sums;
       load(sums, products[t] + o * kLanes);
       const Floats product = __builtin_convertvector(sums, Floats) * scale + bias;
       finish(e, b.row, pixel + t, channel, product);
@@ -203,41 +283,42 @@ void tile(const ConvolutionArgs& a, const Image& image, Block<blocks>& b, int64_
   }
 }
 
-template <int blocks, int T>
-void line(const ConvolutionArgs& a, const Image& image, Block<blocks>& b, int64_t oy, int64_t ox) {
-  for (; ox + T <= a.out_width; ox += T) tile<T, blocks>(a, image, b, oy, ox);
+template <int T, class X, int blocks>
+void line(const ConvolutionArgs<X>& a, const Image<X>& image, Block<X, blocks>& b, int64_t oy, int64_t ox) {
+  for (; ox + T <= a.out_width; ox += T) tile<T>(a, image, b, oy, ox);
   if constexpr (T > 1) {
-    if (ox < a.out_width) line<blocks, T / 2>(a, image, b, oy, ox);
+    if (ox < a.out_width) line<T / 2>(a, image, b, oy, ox);
   }
 }
 
 // The weights of a block stay in the nearest caches while all pixels pass by.
-template <int blocks, int T>
-void channels(const ConvolutionArgs& a, const Image& image, int64_t row, int64_t sample, int64_t& block) {
+template <int blocks, int T, class X>
+void channels(const ConvolutionArgs<X>& a, const Image<X>& image, int64_t row, int64_t sample, int64_t& block) {
   for (; block + blocks <= a.outs; block += blocks) {
-    Block<blocks> b(a, row, sample, block, image.tap_count);
-    for (int64_t oy = 0; oy < a.out_height; ++oy) line<blocks, T>(a, image, b, oy, 0);
+    Block<X, blocks> b(a, row, sample, block, image.tap_count);
+    for (int64_t oy = 0; oy < a.out_height; ++oy) line<T>(a, image, b, oy, 0);
     if (a.products) b.write_moments(a);
   }
 }
 
-// The codes of one image, in `padded` where the border is needed.
-Image frame(const ConvolutionArgs& a, int64_t parent, int64_t sample, uint8_t* padded, int64_t* taps) {
+// One image, in `padded` where the border is needed.
+template <class X>
+Image<X> frame(const ConvolutionArgs<X>& a, int64_t parent, int64_t sample, X* padded, int64_t* taps) {
   const int64_t line = a.width * a.channels;
-  const uint8_t* source = a.codes + (parent * a.samples + sample) * a.height * line;
-  Image image{source, line, taps, a.kernel[0] * a.kernel[1]};
+  const X* source = a.x + (parent * a.samples + sample) * a.height * line;
+  Image<X> image{source, line, taps, a.kernel[0] * a.kernel[1]};
   if (padded) {
-    image.codes = padded;
-    image.row_bytes = (a.width + a.before[1] + a.after[1]) * a.channels;
-    const int64_t before = a.before[0] * image.row_bytes + a.before[1] * a.channels;
-    std::memset(padded, a.padding[parent], (a.height + a.before[0] + a.after[0]) * image.row_bytes);
+    image.x = padded;
+    image.line = (a.width + a.before[1] + a.after[1]) * a.channels;
+    const int64_t before = a.before[0] * image.line + a.before[1] * a.channels;
+    std::fill_n(padded, (a.height + a.before[0] + a.after[0]) * image.line, a.padding[parent]);
     for (int64_t y = 0; y < a.height; ++y) {
-      std::memcpy(padded + before + y * image.row_bytes, source + y * line, line);
+      std::memcpy(padded + before + y * image.line, source + y * line, line * sizeof(X));
     }
   }
   for (int64_t ky = 0; ky < a.kernel[0]; ++ky) {
     for (int64_t kx = 0; kx < a.kernel[1]; ++kx) {
-      *taps++ = ky * a.dilation[0] * image.row_bytes + kx * a.dilation[1] * a.channels;
+      *taps++ = ky * a.dilation[0] * image.line + kx * a.dilation[1] * a.channels;
     }
   }
   return image;
@@ -245,25 +326,29 @@ Image frame(const ConvolutionArgs& a, int64_t parent, int64_t sample, uint8_t* p
 
 }  // namespace
 
-void coalition_convolution(const ConvolutionArgs& a, int64_t first_image, int64_t last_image) {
+template <class X>
+void coalition_convolution(const ConvolutionArgs<X>& a, int64_t first_image, int64_t last_image) {
   // Depthwise blocks of 16 channels read past the last pixel where the channels are no multiple of 16.
   const int64_t beyond = a.depthwise && a.channels % kLanes ? kLanes : 0;
   const int64_t height = a.height + a.before[0] + a.after[0], width = a.width + a.before[1] + a.after[1];
   const int64_t size = height * width * a.channels + beyond;
-  const Buffer<uint8_t> padded(size);
+  const Buffer<X> padded(size);
   const Buffer<int64_t> taps(a.kernel[0] * a.kernel[1]);
   const bool copied = height > a.height || width > a.width || beyond;
-  if (beyond) std::memset(padded.data(), 0, size);
+  if (beyond) std::memset(padded.data(), 0, size * sizeof(X));
   for (int64_t unit = first_image; unit < last_image; ++unit) {
     const int64_t row = unit / a.samples, sample = unit % a.samples;
-    const Image image = frame(a, a.parent[row], sample, copied ? padded.data() : nullptr, taps.data());
+    const Image<X> image = frame(a, a.parent[row], sample, copied ? padded.data() : nullptr, taps.data());
     int64_t block = 0;
     if (!a.depthwise) {
-      channels<4, 4>(a, image, row, sample, block);
+      if (std::is_same_v<X, uint8_t>) channels<4, 4>(a, image, row, sample, block);
       channels<2, 8>(a, image, row, sample, block);
     }
-    channels<1, 8>(a, image, row, sample, block);
+    channels<1, std::is_same_v<X, float> ? 16 : 8>(a, image, row, sample, block);
   }
 }
+
+template void coalition_convolution(const ConvolutionArgs<uint8_t>&, int64_t, int64_t);
+template void coalition_convolution(const ConvolutionArgs<float>&, int64_t, int64_t);
 
 }  // namespace smpq::cpu::SMPQ_ISA

@@ -36,6 +36,11 @@ void narrow(const EpilogueArgs& a, int64_t row, int64_t first, int64_t last) {
   }
   const float* x = a.values + a.parent[row] * e.pixels * e.channels;
   const float* residual = e.residual ? e.residual + e.residual_row[row] * e.pixels * e.channels : nullptr;
+  const auto put = [&](float* to, int64_t pixel, int pixels, const Floats& y) {
+    float value[kLanes];
+    std::memcpy(value, &y, sizeof y);
+    for (int k = 0; k < pixels; ++k) std::memcpy(to + (pixel + k) * e.channels, value + k * kWide, bytes);
+  };
   for (int64_t pixel = first; pixel < last; pixel += kPixels) {
     const int pixels = static_cast<int>(std::min<int64_t>(kPixels, last - pixel));
     float value[kLanes] = {}, other[kLanes] = {};
@@ -49,17 +54,19 @@ void narrow(const EpilogueArgs& a, int64_t row, int64_t first, int64_t last) {
     if (e.scale) y = y * scale + bias;
     if (residual) y += added;
     clamp(y, e);
-    if (e.values) {
-      std::memcpy(value, &y, sizeof y);
-      for (int k = 0; k < pixels; ++k) {
-        std::memcpy(e.values + (row * e.pixels + pixel + k) * e.channels, value + k * kWide, bytes);
-      }
-    }
+    if (e.values) put(e.values + row * e.pixels * e.channels, pixel, pixels, y);
     for (int64_t c = e.child_begin[row]; c < e.child_begin[row + 1]; ++c) {
+      const Child& child = e.children[c];
+      if (!child.codes) {
+        Floats mixed;
+        mix(mixed, y, child);
+        put(child.mixed, pixel, pixels, mixed);
+        continue;
+      }
       Bytes codes;
-      quantize(codes, y, e.children[c]);
+      quantize(codes, y, child);
       codes &= there;
-      std::memcpy(e.children[c].codes + pixel * kWide, &codes, pixels * kWide);
+      std::memcpy(child.codes + pixel * kWide, &codes, pixels * kWide);
     }
   }
 }

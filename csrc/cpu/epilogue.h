@@ -44,6 +44,19 @@ inline void quantize(Bytes& codes, const Floats& y, const Child& child) {
 #endif
 }
 
+// A mixture of widths, added in the order of its candidates.
+inline void mix(Floats& mixed, const Floats& y, const Child& child) {
+  mixed = Floats{};
+  for (int64_t k = 0; k < child.count; ++k) {
+    const Candidate& c = child.candidates[k];
+    Floats steps = y * c.inv_scale;
+    steps = steps < c.low ? Floats{} + c.low : steps;  // NaN stays
+    steps = steps > c.high ? Floats{} + c.high : steps;
+    const Floats term = ((steps + 12582912.0f) - 12582912.0f) * c.scale * c.share;
+    mixed = k ? mixed + term : term;
+  }
+}
+
 // The floats of `n` channels, most often all of 4 * quads: a copy of a size that the compiler knows is no call.
 template <int quads>
 inline __attribute__((always_inline)) void copy_channels(void* to, const void* from, int n) {
@@ -63,6 +76,12 @@ inline __attribute__((always_inline)) void finish_quads(const Epilogue& e, int64
   if (e.values) copy_channels<quads>(e.values + (row * e.pixels + pixel) * e.channels + channel, &y, n);
   for (int64_t c = e.child_begin[row]; c < e.child_begin[row + 1]; ++c) {
     const Child& child = e.children[c];
+    if (!child.codes) {
+      Floats mixed;
+      mix(mixed, y, child);
+      copy_channels<quads>(child.mixed + pixel * e.channels + channel, &mixed, n);
+      continue;
+    }
     Bytes codes;
     quantize(codes, y, child);
     if (n < kLanes) {
