@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -23,7 +24,10 @@ from smpq_ext.core import Assignments, Grid, Mixtures, SmpqError, Values
 from smpq_ext.engine import grids, losses, samples
 from smpq_ext.engine.capture import Graph, Uncapturable, capture
 from smpq_ext.engine.executor import MERGE, Executor, Meter, free_memory
+from smpq_ext.engine.floating import FloatLayer
+from smpq_ext.engine.fusion import FusedLayer, Fusion
 from smpq_ext.engine.grids import Calibrate, Grids
+from smpq_ext.engine.integer import IntegerLayer
 from smpq_ext.engine.layers import Layer, check_weights, duplicate, find, quiet
 from smpq_ext.engine.samples import Batch
 from smpq_ext.engine.space import candidates, make_space
@@ -274,7 +278,7 @@ class TorchEvaluator:
         whole = self.renormalize or not self._folds
         self._samples = count if whole else max(MERGE, min(images, cached, most))
         weights = sum(layer.source.nbytes for layer in self._executor.layers if layer.weight)
-        self._row_bytes = self._samples * sample_bytes + count * -(-result // few) + weights
+        self._row_bytes = self._samples * sample_bytes + count * -(-result // few) + 2 * weights  # once more, packed
         rows = memory // self._row_bytes
         if not (whole and lockstep):
             rows = min(rows, cached // self._samples)
@@ -379,33 +383,48 @@ class TorchEvaluator:
 
     def _run_in_lockstep(self, graph: Graph, batch: Batch) -> None:
         """Run the rows in lockstep where that gives the same values as the model itself."""
-        from smpq_ext.engine.integer import Integer
         from smpq_ext.engine.lockstep import Lockstep  # needs the planner, which is compiled
 
         executor = self._executor
-        norms = {name: m for name, m in executor.model.named_modules() if isinstance(m, _BatchNorm)}
-        integer = Integer(graph, executor.layers, norms, executor.norms)
-        lockstep = Lockstep(graph, executor.layers, executor.norms, integer)
+        lockstep = Lockstep(graph, executor.layers, executor.norms)
         high = self.space.highest()
         some = np.random.default_rng(0).integers(0, high + 1)
         rows = self.space.one_hot(np.stack([self.space.lowest(), some, high]))
         few = min(batch.size, MERGE)
         with _Loaded(self, rows):
             swapped = executor.forward(batch, 0, few)
+        highest = samples.part(swapped, 3 * few, 2 * few, 3 * few)
+
+        def agrees(assigned: bool) -> bool:
+            """Other roundings may move a tie: at the highest widths by a small step."""
+            with _Loaded(self, rows, assigned):
+                return _close(samples.part(executor.forward(batch, 0, few), 3 * few, 2 * few, 3 * few), highest, 0.3)
+
         try:
             executor.lockstep = lockstep
             with _Loaded(self, rows, assigned=False):
                 same = _close(executor.forward(batch, 0, few), swapped)
-            with _Loaded(self, rows):  # in integers a tie may go the other way; at the highest widths by a small step
-                highest = samples.part(swapped, 3 * few, 2 * few, 3 * few)
-                found = samples.part(executor.forward(batch, 0, few), 3 * few, 2 * few, 3 * few)
-                same = same and _close(found, highest, 0.3)
+            lockstep.integer, lockstep.floating = self._fusions(graph)
+            same = same and agrees(False) and agrees(True)
             why = "gives other values"
         except Exception as error:
             same, why = False, f"fails: {error!r}"
         if not same:
             executor.lockstep = None
             self.notes += (f"its captured graph {why}, coalitions are folded into the batch",)
+
+    def _fusions(self, graph: Graph) -> tuple[Fusion, Fusion]:
+        """For assignments and for mixtures."""
+        executor = self._executor
+        norms = {name: m for name, m in executor.model.named_modules() if isinstance(m, _BatchNorm)}
+        layers: tuple[dict[int, FusedLayer], dict[int, FusedLayer]] = {}, {}
+        for found, kinds in zip(layers, ((IntegerLayer, FloatLayer), (FloatLayer,)), strict=True):
+            for k, layer in enumerate(executor.layers):
+                for kind in kinds:
+                    with contextlib.suppress(ValueError):
+                        found[k] = kind(layer)
+                        break
+        return Fusion(graph, layers[0], norms, executor.norms), Fusion(graph, layers[1], norms, executor.norms)
 
     def _channels_last_works(self, batch: Batch) -> bool:
         """Whether the float model runs, and agrees, with channels last: several times faster for few channels."""
@@ -448,7 +467,7 @@ class TorchEvaluator:
         state = [(name, type(m).__qualname__, m.extra_repr(), losses.settings(m)) for name, m in modules.items()]
         code = sorted({losses.source(type(m)) for m in modules.values()})
         lockstep = self._executor.lockstep
-        path = "swap" if lockstep is None else sorted(lockstep.integers)
+        path = "swap" if lockstep is None else lockstep.paths()
         versions = (smpq_ext.__version__, torch.__version__, self.device.type, ops.compiled, path)
         for piece in (versions, state, code, self.space, loss):
             sha.update(repr(piece).encode())

@@ -138,6 +138,9 @@ class QuantizedLayer:
         self.mixtures = torch.empty(0)  # [n, candidates]
         module = layer.module
         kind = None if "forward" in vars(module) else type(module).forward
+        self.bias = torch.zeros(len(self.source), dtype=torch.float64, device=self.source.device)
+        if getattr(module, "bias", None) is not None:
+            self.bias = module.bias.detach().double()  # type: ignore[union-attr, operator]
         self.linear = kind is nn.Linear.forward
         self.conv2d = kind is nn.Conv2d.forward and module.padding_mode == "zeros" and isinstance(module.padding, tuple)
         self.original = module.forward

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map, tree_unflatten
 
 from smpq_ext import _C
 from smpq_ext.engine.capture import Graph, Value, fill, leaves
-from smpq_ext.engine.integer import Call, Integer
+from smpq_ext.engine.fusion import Call, Fused, Fusion
 from smpq_ext.engine.samples import take_rows
 
 if TYPE_CHECKING:
@@ -32,35 +32,44 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Children:
-    """The codes of a value that each of its readers takes."""
+    """What each reader of a value takes of it."""
 
     readers: tuple[int, ...]  # steps
     row: list[Tensor]  # [children]: of the value
-    grid: list[Tensor]  # [children, 4]
+    grid: list[Tensor]  # [children, 4] or [children, candidates, 5]
 
 
 class Lockstep:
     """All coalitions advance together, step by step, [rows * samples, ...]; descendants index into their ancestors.
 
-    Layers and norms are the objects of the executor that swaps modules, so both give the same values; `integer` runs
-    assignments of at most 8 bits.
+    Layers and norms are the objects of the executor that swaps modules, so both give the same values. `integer` runs
+    assignments, and `floating` mixtures, in fused calls; None: layer by layer.
     """
 
-    def __init__(
-        self, graph: Graph, layers: list[QuantizedLayer], norms: Mapping[str, RowNorm], integer: Integer | None = None
-    ) -> None:
-        self.graph, self.layers, self.norms, self.integer = graph, layers, norms, integer
+    def __init__(self, graph: Graph, layers: list[QuantizedLayer], norms: Mapping[str, RowNorm]) -> None:
+        self.graph, self.layers, self.norms = graph, layers, norms
+        self.integer: Fusion | None = None
+        self.floating: Fusion | None = None
         self.rows: list[_Rows] = []
         self._descent: dict[tuple[int, int], Tensor | None] = {}
-        self._calls: dict[int, Call] = {}  # of the fused steps, by the last one; empty for mixtures
+        self._fusion: Fusion | None = None  # of the rows that are loaded
+        self._codes = False  # whether some of its inputs are codes
+        self._calls: dict[int, Call] = {}  # of the fused steps, by the last one
         self._children: dict[int, _Children] = {}  # of the fused calls, by their step
         self._quantized: dict[int, _Children] = {}  # of floating values
         self._frees = graph.frees({k: step.operands for k, step in enumerate(graph.steps)})
 
     @property
-    def integers(self) -> Container[int]:
-        """The layers that run in integers where rows are assignments."""
-        return () if self.integer is None else self.integer.layers
+    def integers(self) -> frozenset[int]:
+        """The layers that run on codes where rows are assignments."""
+        if self.integer is None:
+            return frozenset()
+        return frozenset(k for k, layer in self.integer.layers.items() if layer.bits == 8)
+
+    def paths(self) -> list[tuple[int, int]]:
+        """The layers that fused calls run, and the bits of their inputs: for assignments, then for mixtures."""
+        fusions = [f for f in (self.integer, self.floating) if f is not None]
+        return [(k, layer.bits) for f in fusions for k, layer in f.layers.items()]
 
     def load(
         self, choices: Mapping[str, NDArray[np.int64]], assigned: Mapping[str, NDArray[np.int64]] | None = None
@@ -73,48 +82,44 @@ class Lockstep:
         given = choices if assigned is None else assigned
         table = np.stack([given[name] for name in self.graph.columns], axis=1).astype(np.int32)
         self.rows = [_Rows(*found) for found in _C.plan(self.graph.places, table)]
-        if assigned is None or self.integer is None:
+        fusion = self._fusion = self.floating if assigned is None or self.integer is None else self.integer
+        if fusion is None:
             return
-        picked = [
-            torch.from_numpy(table[rows.coalition, columns[0]].astype(np.int64)) if columns else None
-            for rows, (_, columns) in zip(self.rows, self.graph.places, strict=True)
-        ]
-        for last, fused in self.integer.fused.items():
-            place = self._place(fused.step)
-            codes = self._codes_place(fused.step)
-            parent = self._row_of(codes, place)
-            self._calls[last] = self.integer.call(fused, parent, picked[codes], picked[place])
+        self._codes = any(layer.bits == 8 for layer in fusion.layers.values())
+        for layer in fusion.layers.values():
+            layer.load(assigned)
+        for last, fused in fusion.fused.items():
+            source, place = self._input_place(fused), self._place(fused.step)
+            parents, coalitions = (self._index(self.rows[p].coalition) for p in (source, place))
+            self._calls[last] = fusion.call(fused, parents, self._row_of(source, place), coalitions)
 
         def children(source: int, readers: tuple[int, ...]) -> _Children:
-            places = [self._codes_place(c) for c in readers]
-            grids = [self.integer.by_step[c].layer.grids for c in readers]
-            return _Children(
-                readers,
-                [self._row_of(self._place(source), place) for place in places],
-                [g[picked[place]] for g, place in zip(grids, places, strict=True)],
-            )
+            fused = [fusion.by_step[k] for k in readers]
+            places = [self._input_place(f) for f in fused]
+            rows = [self._row_of(self._place(source), place) for place in places]
+            coalitions = [self._index(self.rows[place].coalition) for place in places]
+            return _Children(readers, rows, [f.layer.grids(c) for f, c in zip(fused, coalitions, strict=True)])
 
-        self._children = {k: children(k, self.integer.epilogue[k]) for k in self.integer.fused}
-        self._quantized = {k: children(k, readers) for k, readers in self.integer.quantized.items() if readers}
+        self._children = {k: children(k, fusion.epilogue[k]) for k in fusion.fused}
+        self._quantized = {k: children(k, readers) for k, readers in fusion.quantized.items() if readers}
 
     def unload(self) -> None:
-        self.rows, self._descent, self._calls, self._children, self._quantized = [], {}, {}, {}, {}
+        self._fusion, self._codes, self.rows = None, False, []
+        self._descent, self._calls, self._children, self._quantized = {}, {}, {}, {}
 
     def __call__(self, inputs: Any, samples: int) -> Any:
         """The outputs for the inputs of one row, [n * samples, ...], n coalitions being loaded."""
         graph = self.graph
         values: dict[int, Any] = {**graph.constants, **dict(enumerate(leaves(inputs)))}
-        codes: dict[int, Tensor] = {}
+        taken: dict[int, Tensor] = {}  # the inputs of fused calls, by the layer's step
         self._broken = torch.zeros(len(self.rows[0].row), samples, dtype=torch.bool)
-        absorbed, frees = (
-            (self.integer.absorbed, self.integer.frees) if self.integer and self._calls else ((), self._frees)
-        )
+        absorbed, frees = (self._fusion.absorbed, self._fusion.frees) if self._fusion else ((), self._frees)
         for k, step in enumerate(graph.steps):
             if k < graph.inputs or step.place is None or k in absorbed:
                 continue
             count = len(self.rows[step.place].coalition)
             if k in self._calls:
-                values[k] = self._integer(k, values, codes)
+                values[k] = self._fused(k, values, taken)
             elif step.layer is not None:
                 values[k] = self._layer(step.layer, values[step.operands[0]], step.operands[0], step.place)
             else:
@@ -129,41 +134,44 @@ class Lockstep:
         everyone = [self._everyone(values[x.step], x.step) if isinstance(x, Value) else x for x in graph.outputs]
         return tree_unflatten([self._break(x) for x in everyone], graph.output_spec)
 
-    def _integer(self, last: int, values: dict[int, Any], codes: dict[int, Tensor]) -> Tensor | None:
-        """A fused call: its codes are put where the next layers find them; returns the floating value if it is read."""
-        assert self.integer is not None
-        fused, call = self.integer.fused[last], self._calls[last]
-        if fused.step not in codes:
-            self._quantize(fused.source, values[fused.source], codes)
+    def _fused(self, last: int, values: dict[int, Any], taken: dict[int, Tensor]) -> Tensor | None:
+        """A fused call: what the next layers take is put where they find it; returns the value if it is read."""
+        assert self._fusion is not None
+        fused, call = self._fusion.fused[last], self._calls[last]
+        if fused.layer.layer.activation is None:
+            x = _pixels(values[fused.source], self._count(fused.source), fused.conv2d)
+        else:
+            if fused.step not in taken:
+                self._quantize(fused.source, values[fused.source], taken)
+            x = taken.pop(fused.step)
         residual = residual_row = None
         if fused.residual is not None:
             self._look(fused.residual, values[fused.residual])
             residual_row = self._row_of(self._place(fused.residual), self._place(last))
-            residual = _pixels(values[fused.residual], self._count(fused.residual), fused.layer.conv2d)
-        wanted = last in self.integer.with_values
+            residual = _pixels(values[fused.residual], self._count(fused.residual), fused.conv2d)
+        wanted, product = last in self._fusion.with_values, call.product
         out = torch.ops.smpq.coalition_convolution(
-            codes.pop(fused.step),
-            *(call.padding, fused.layer.packed, call.start, call.parent, call.variant, call.scale, call.bias),
+            *(x, product.padding, product.weight, product.start, call.parent, product.variant, call.scale, call.bias),
             *(call.norm, call.eps, residual, residual_row, fused.low, fused.high),
             *(fused.geometry, fused.layer.depthwise, wanted),
             *(self._children[last].row, self._children[last].grid),
         )
         if fused.norm in self.norms:
             self.norms[fused.norm].record(*out[1][-1])
-        codes.update(zip(self._children[last].readers, out[2:], strict=True))
+        taken.update(zip(self._children[last].readers, out[2:], strict=True))
         if not wanted:
             return None
-        if fused.layer.conv2d:
+        if fused.conv2d:
             return out[0].flatten(0, 1).permute(0, 3, 1, 2)
         return out[0].view(-1, *self.graph.kinds[last][0][1:])
 
-    def _quantize(self, source: int, value: Tensor, codes: dict[int, Tensor]) -> None:
-        """The codes of a floating value for all layers that read it."""
-        assert self.integer is not None
+    def _quantize(self, source: int, value: Tensor, taken: dict[int, Tensor]) -> None:
+        """What all layers that read a floating value take of it."""
+        assert self._fusion is not None
         self._look(source, value)
         children = self._quantized[source]
         for conv2d in (True, False):
-            chosen = [i for i, c in enumerate(children.readers) if self.integer.by_step[c].layer.conv2d == conv2d]
+            chosen = [i for i, k in enumerate(children.readers) if self._fusion.by_step[k].conv2d == conv2d]
             if chosen:
                 x = _pixels(value, self._count(source), conv2d)
                 rows, grids = [children.row[i] for i in chosen], [children.grid[i] for i in chosen]
@@ -171,11 +179,11 @@ class Lockstep:
                 out = torch.ops.smpq.coalition_epilogue(
                     x, same, None, None, None, 0.0, None, None, -math.inf, math.inf, False, rows, grids
                 )
-                codes.update(zip([children.readers[i] for i in chosen], out[2:], strict=True))
+                taken.update(zip([children.readers[i] for i in chosen], out[2:], strict=True))
 
     def _look(self, step: int, value: Tensor) -> None:
         """Remember where a floating value holds NaN, [n, samples]: no code says so."""
-        if step not in self._calls and value.numel() and value.amax().isnan():
+        if self._codes and step not in self._calls and value.numel() and value.amax().isnan():
             rows = self.rows[self._place(step)]
             broken = value.unflatten(0, (len(rows.coalition), self._broken.shape[1], -1)).flatten(2).isnan().any(2)
             self._broken |= broken[self._index(rows.row)]
@@ -193,9 +201,10 @@ class Lockstep:
         assert place is not None
         return place
 
-    def _codes_place(self, step: int) -> int:
-        """Where the input of an integer layer has been quantized: before the choice of its weight."""
-        return self.graph.places[self._place(step)][0][0]
+    def _input_place(self, fused: Fused) -> int:
+        """Where the input of a fused layer is quantized: before the choice of its weight."""
+        place = self._place(fused.step)
+        return place if fused.layer.layer.weight is None else self.graph.places[place][0][0]
 
     def _count(self, step: int) -> int:
         return len(self.rows[self._place(step)].coalition)

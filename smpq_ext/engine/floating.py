@@ -1,0 +1,75 @@
+"""Layers in floating point: mixtures of widths, widths beyond 8 bits, and what is not quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from smpq_ext.engine.executor import QuantizedLayer
+from smpq_ext.engine.fusion import LANES, Product, pack
+
+
+class FloatLayer:
+    """A layer's weights as they are loaded, packed for the kernel, and the grids of its input.
+
+    Raises ValueError where the kernel has no such layer.
+    """
+
+    bits = 32
+
+    def __init__(self, layer: QuantizedLayer) -> None:
+        self.layer = layer
+        kernel, self.depthwise = kernel_of(layer, layer.source)
+        self._unquantized = pack(kernel[None], self.depthwise, 1) if layer.weight is None else None
+        self._channels = len(kernel)
+        self._grids = torch.empty(0, 4)  # [candidates, 4]
+        if (g := layer.activation) is not None:
+            if g.zero_point.is_floating_point():
+                raise ValueError("only whole zero points of activations")
+            self._grids = torch.stack([x.float() for x in (g.scale, g.zero_point, g.quant_min, g.quant_max)], 1)
+        self._packed, self._variant = torch.empty(0), torch.empty(0, dtype=torch.int64)
+
+    def load(self, assigned: Mapping[str, NDArray[np.int64]] | None) -> None:
+        if self._unquantized is None:
+            variants = self.layer.variants
+            kernels = variants if self.layer.conv2d else variants[..., None, None]
+            self._packed = pack(kernels, self.depthwise, 1)
+            self._variant = torch.tensor(self.layer.variant)
+        else:
+            self._packed, self._variant = self._unquantized, torch.zeros(self.layer.executor.rows, dtype=torch.int64)
+
+    def grids(self, coalitions: Tensor) -> Tensor:
+        """Scale, zero point, bounds and share of every candidate, [n, candidates, 5]."""
+        shares = self.layer.mixtures[coalitions]
+        return torch.cat([self._grids.expand(len(shares), -1, -1), shares[..., None]], 2)
+
+    def product(self, parents: Tensor, parent: Tensor, coalitions: Tensor) -> Product:
+        n = len(coalitions)
+        return Product(
+            padding=torch.zeros(len(parents)),
+            weight=self._packed,
+            start=torch.zeros(n, -(-self._channels // LANES) * LANES),
+            variant=self._variant[coalitions],
+            scale=torch.ones(n, self._channels, dtype=torch.float64),
+            bias=self.layer.bias,
+        )
+
+
+def kernel_of(layer: QuantizedLayer, weight: Tensor) -> tuple[Tensor, bool]:
+    """The weight as that of a 2-d convolution, [out, in, kh, kw], and whether it is depthwise.
+
+    Raises ValueError where the kernel has no such layer.
+    """
+    if not (layer.linear or layer.conv2d):
+        raise ValueError("only nn.Linear and nn.Conv2d")
+    if weight.dtype != torch.float32 or weight.is_cuda:
+        raise ValueError("only float32 models on the CPU")
+    kernel = weight if layer.conv2d else weight[..., None, None]
+    groups = layer.module.groups if layer.conv2d else 1
+    if groups > 1 and not groups == layer.module.in_channels == len(kernel):
+        raise ValueError("no groups of several channels")
+    return kernel, groups > 1
