@@ -9,6 +9,7 @@ constexpr const char* op = "coalition_convolution";
 template <class X>
 constexpr ScalarType kType = std::is_same_v<X, float>     ? ScalarType::Float
                              : std::is_same_v<X, int32_t> ? ScalarType::Int
+                             : std::is_same_v<X, int16_t> ? ScalarType::Short
                              : std::is_same_v<X, int8_t>  ? ScalarType::Char
                                                           : ScalarType::Byte;
 
@@ -44,7 +45,7 @@ std::vector<Tensor> run(const Tensor& x, const Tensor& padding, const Tensor& we
                         const OptionalTensor& norm, double eps, const OptionalTensor& residual,
                         const OptionalTensor& residual_row, double low, double high, std::vector<int64_t> geometry,
                         bool depthwise, bool values, const std::vector<Tensor>& child_row,
-                        const std::vector<Tensor>& child_grid) {
+                        const std::vector<Tensor>& child_grid, std::vector<int64_t> child_bits) {
   using Args = ConvolutionArgs<X>;
   using Weight = typename Args::Weight;
   using Sum = typename Args::Sum;
@@ -100,7 +101,7 @@ std::vector<Tensor> run(const Tensor& x, const Tensor& padding, const Tensor& we
   const Normalization normalization(op, x, norm, eps, a.rows, channels, scale, bias);
   EpilogueTensors made =
       make_epilogue(op, x, a.rows, {a.samples, a.out_height, a.out_width}, channels, normalization.scale,
-                    normalization.bias, residual, residual_row, low, high, values, child_row, child_grid);
+                    normalization.bias, residual, residual_row, low, high, values, child_row, child_grid, child_bits);
   made.out.insert(made.out.begin() + 1, normalization.statistics);
   a.epilogue = made.epilogue;
   a.x = data<X>(x);
@@ -119,11 +120,13 @@ std::vector<Tensor> coalition_convolution(const Tensor& x, const Tensor& padding
                                           double eps, const OptionalTensor& residual,
                                           const OptionalTensor& residual_row, double low, double high,
                                           std::vector<int64_t> geometry, bool depthwise, bool values,
-                                          const std::vector<Tensor>& child_row, const std::vector<Tensor>& child_grid) {
-  return (x.scalar_type() == ScalarType::Float ? run<float> : run<uint8_t>)(x, padding, weight, start, parent, variant,
-                                                                            scale, bias, norm, eps, residual,
-                                                                            residual_row, low, high, geometry,
-                                                                            depthwise, values, child_row, child_grid);
+                                          const std::vector<Tensor>& child_row, const std::vector<Tensor>& child_grid,
+                                          std::vector<int64_t> child_bits) {
+  const auto of_type = x.scalar_type() == ScalarType::Float   ? run<float>
+                       : x.scalar_type() == ScalarType::Short ? run<int16_t>
+                                                              : run<uint8_t>;
+  return of_type(x, padding, weight, start, parent, variant, scale, bias, norm, eps, residual, residual_row, low, high,
+                 geometry, depthwise, values, child_row, child_grid, child_bits);
 }
 
 }  // namespace
@@ -133,7 +136,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SMPQ_LIBRARY, m) {
       "coalition_convolution(Tensor x, Tensor padding, Tensor weight, Tensor start, Tensor parent, Tensor variant, "
       "Tensor scale, Tensor bias, Tensor? norm, float eps, Tensor? residual, Tensor? residual_row, float low, float "
       "high, SymInt[] geometry, "
-      "bool depthwise, bool values, Tensor[] child_row, Tensor[] child_grid) -> Tensor[]");
+      "bool depthwise, bool values, Tensor[] child_row, Tensor[] child_grid, SymInt[] child_bits) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(SMPQ_LIBRARY, CPU, m) { m.impl("coalition_convolution", TORCH_BOX(&coalition_convolution)); }

@@ -42,26 +42,26 @@ inline Grid<float> grid_at(const float* g) {
   return make_grid<float>(g[0], g[1], static_cast<int32_t>(g[2]), static_cast<int32_t>(g[3]));
 }
 
-// Mixture `i` of a grid [children, candidates, 5]; the candidates that have a share go to `found`.
-inline Child mixed_child(const Tensor& grid, int64_t i, std::vector<Candidate>& found) {
+// The candidates that have a share in mixture `i` of a grid [children, candidates, 5] go to the end of `found`.
+inline void add_candidates(Child& child, const Tensor& grid, int64_t i, std::vector<Candidate>& found) {
   const float* g = data<float>(grid) + i * grid.size(1) * 5;
-  const size_t first = found.size();
+  child.candidates = found.data() + found.size();
   for (int64_t c = 0; c < grid.size(1); ++c, g += 5) {
     if (g[4] == 0.0f) continue;
     const auto folded = fold(grid_at(g));
     found.push_back({folded.inv_scale, folded.low, folded.high, folded.scale, g[4]});
+    ++child.count;
   }
-  return {nullptr, 0, 0, 0, 0, nullptr, found.data() + first, static_cast<int64_t>(found.size() - first)};
 }
 
-// `size`: [samples, height, width] of one row. child_row[k] [children]: the rows that they descend from; child_grid[k]
-// [children, 4]: scale, zero point and bounds of their codes; or [children, candidates, 5]: these and the share of each
-// candidate of their mixtures.
+// `size`: [samples, height, width] of one row. child_row[k] [children]: the rows that they descend from; child_bits[k]:
+// what they become: 8, codes; 16, mixtures as whole numbers; 32, mixtures. child_grid[k]: scale, zero point and bounds,
+// [children, 4], of codes; and the share, [children, candidates, 5], of every candidate of mixtures.
 inline EpilogueTensors make_epilogue(const char* op, const Tensor& like, int64_t rows, const std::vector<int64_t>& size,
                                      int64_t channels, const OptionalTensor& scale, const OptionalTensor& bias,
                                      const OptionalTensor& residual, const OptionalTensor& residual_row, double low,
                                      double high, bool values, const std::vector<Tensor>& child_row,
-                                     const std::vector<Tensor>& child_grid) {
+                                     const std::vector<Tensor>& child_grid, const std::vector<int64_t>& child_bits) {
   EpilogueTensors made;
   Epilogue& e = made.epilogue;
   e.pixels = size[0] * size[1] * size[2];
@@ -88,22 +88,23 @@ inline EpilogueTensors make_epilogue(const char* op, const Tensor& like, int64_t
   made.out.push_back(torch::stable::new_empty(like, shape(values ? rows : 0, channels), ScalarType::Float));
   e.values = values ? mutable_data<float>(made.out[0]) : nullptr;
 
-  SMPQ_CHECK(child_row.size() == child_grid.size(), op, ": child_row and child_grid must have as many entries");
+  SMPQ_CHECK(child_row.size() == child_grid.size() && child_row.size() == child_bits.size(), op,
+             ": child_row, child_grid and child_bits must have as many entries");
   auto& begin = made.child_begin;
   begin.assign(rows + 1, 0);
   int64_t total = 0, candidates = 0;
   for (size_t k = 0; k < child_row.size(); ++k) {
-    const int64_t n = child_row[k].numel();
-    const bool mixed = child_grid[k].dim() == 3;
+    const int64_t n = child_row[k].numel(), bits = child_bits[k];
+    SMPQ_CHECK(bits == 8 || bits == 16 || bits == 32, op, ": child_bits are 8, 16 or 32, not ", bits);
     check_tensor(op, child_row[k], "child_row", ScalarType::Long, {n});
     check_tensor(op, child_grid[k], "child_grid", ScalarType::Float,
-                 mixed ? std::vector<int64_t>{n, -1, 5} : std::vector<int64_t>{n, 4});
+                 bits == 8 ? std::vector<int64_t>{n, 4} : std::vector<int64_t>{n, -1, 5});
     check_indices(op, child_row[k], "child_row", rows);
-    made.out.push_back(torch::stable::new_empty(like, shape(n, mixed ? channels : e.code_channels),
-                                                mixed ? ScalarType::Float : ScalarType::Byte));
+    const ScalarType type = bits == 8 ? ScalarType::Byte : bits == 16 ? ScalarType::Short : ScalarType::Float;
+    made.out.push_back(torch::stable::new_empty(like, shape(n, bits == 32 ? channels : e.code_channels), type));
     for (int64_t i = 0; i < n; ++i) ++begin[data<int64_t>(child_row[k])[i] + 1];
     total += n;
-    if (mixed) candidates += n * child_grid[k].size(1);
+    if (bits > 8) candidates += n * child_grid[k].size(1);
   }
   std::partial_sum(begin.begin(), begin.end(), begin.begin());
   std::vector<int64_t> next(begin.begin(), begin.end() - 1);
@@ -112,22 +113,24 @@ inline EpilogueTensors make_epilogue(const char* op, const Tensor& like, int64_t
   for (size_t k = 0; k < child_row.size(); ++k) {
     for (int64_t i = 0; i < child_row[k].numel(); ++i) {
       Child& child = made.children[next[data<int64_t>(child_row[k])[i]]++];
-      if (child_grid[k].dim() == 3) {
-        child = mixed_child(child_grid[k], i, made.candidates);
-        child.mixed = mutable_data<float>(made.out[k + 1]) + i * e.pixels * channels;
+      const Tensor& out = made.out[k + 1];
+      if (child_bits[k] == 8) {
+        const float* g = data<float>(child_grid[k]) + 4 * i;
+        SMPQ_CHECK(g[2] >= 0 && g[3] <= 255, op, ": the bounds of child_grid must be from 0 to 255");
+        const auto folded = fold(grid_at(g));
+        child.inv_scale = folded.inv_scale;
+        child.low = folded.low;
+        child.high = folded.high;
+        child.zero_point = g[1];
+        child.codes = mutable_data<uint8_t>(out) + i * e.pixels * e.code_channels;
         continue;
       }
-      const float* g = data<float>(child_grid[k]) + 4 * i;
-      SMPQ_CHECK(g[2] >= 0 && g[3] <= 255, op, ": the bounds of child_grid must be from 0 to 255");
-      const auto folded = fold(grid_at(g));
-      child = {mutable_data<uint8_t>(made.out[k + 1]) + i * e.pixels * e.code_channels,
-               folded.inv_scale,
-               folded.low,
-               folded.high,
-               g[1],
-               nullptr,
-               nullptr,
-               0};
+      add_candidates(child, child_grid[k], i, made.candidates);
+      if (child_bits[k] == 16) {
+        child.fixed = mutable_data<int16_t>(out) + i * e.pixels * e.code_channels;
+      } else {
+        child.mixed = mutable_data<float>(out) + i * e.pixels * channels;
+      }
     }
   }
   e.child_begin = begin.data();

@@ -76,12 +76,13 @@ struct Candidate {
   float inv_scale, low, high, scale, share;
 };
 
-// A row that descends from a row of values, as codes or as a mixture of widths: where it goes, and its grid. With the
-// zero point folded into the bounds, code = rint(clamp(value * inv_scale, low, high)) + zero_point.
+// A row that descends from a row of values, and where it goes: as codes, with the zero point folded into the bounds,
+// code = rint(clamp(value * inv_scale, low, high)) + zero_point; or as a mixture of widths, rounded where it is fixed.
 struct Child {
-  uint8_t* codes;  // [pixels, code_channels], or null for a mixture
+  uint8_t* codes;  // [pixels, code_channels]; one of the three is there
   float inv_scale, low, high, zero_point;
-  float* mixed;  // [pixels, channels]
+  int16_t* fixed;  // [pixels, code_channels]
+  float* mixed;    // [pixels, channels]
   const Candidate* candidates;
   int64_t count;
 };
@@ -119,13 +120,20 @@ struct Multiplied<uint8_t> {
   static constexpr int together = 4;  // channels in one instruction
 };
 template <>
+struct Multiplied<int16_t> {
+  using Weight = int16_t;
+  using Sum = int32_t;
+  static constexpr int together = 2;
+};
+template <>
 struct Multiplied<float> {
   using Weight = float;
   using Sum = float;
   static constexpr int together = 1;
 };
 
-// Products of codes, exact, or of floats: row r multiplies x[parent[r]] by weight variant[r], and adds start[r].
+// Products of codes or fixed-point numbers, exact, or of floats: row r multiplies x[parent[r]] by weight variant[r],
+// and adds start[r].
 template <class X>
 struct ConvolutionArgs {
   using Weight = typename Multiplied<X>::Weight;

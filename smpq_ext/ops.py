@@ -24,7 +24,7 @@ OPS = (
     "quantization_error",
 )
 WIDEST = 1 << 16  # no code is beyond, of either sign
-INTEGER_OPS = ("coalition_convolution", "coalition_epilogue")  # on codes; the engine's, on the CPU
+INTEGER_OPS = ("coalition_convolution", "coalition_epilogue")  # the engine's, on the CPU
 
 try:
     from smpq_ext import _C  # noqa: F401 - registers torch.ops.smpq.*
@@ -374,16 +374,16 @@ def _(x, scale, zero_point, quant_min, quant_max, axis):  # type: ignore[no-unty
 
 
 @torch.library.register_fake("smpq::coalition_convolution")
-def _(codes, padding, weight, start, parent, variant, scale, bias, norm, eps, *rest):  # type: ignore[no-untyped-def]
-    _residual, _residual_row, _low, _high, geometry, _depthwise, values, child_row, _child_grid = rest
-    sizes = zip(codes.shape[2:4], *(geometry[i : i + 2] for i in (0, 2, 4, 6, 8)), strict=True)
+def _(x, padding, weight, start, parent, variant, scale, bias, norm, eps, *rest):  # type: ignore[no-untyped-def]
+    _residual, _residual_row, _low, _high, geometry, _depthwise, values, child_row, _child_grid, child_bits = rest
+    sizes = zip(x.shape[2:4], *(geometry[i : i + 2] for i in (0, 2, 4, 6, 8)), strict=True)
     size = [(n + p + q - d * (k - 1) - 1) // s + 1 for n, k, s, p, q, d in sizes]
-    return _new_epilogue(scale, len(parent), [codes.shape[1], *size], scale.shape[1], norm, values, child_row)
+    return _new_epilogue(scale, len(parent), [x.shape[1], *size], scale.shape[1], norm, values, child_row, child_bits)
 
 
 @torch.library.register_fake("smpq::coalition_epilogue")
-def _(x, parent, scale, bias, norm, eps, residual, residual_row, low, high, values, child_row, child_grid):  # type: ignore[no-untyped-def]
-    return _new_epilogue(x, len(parent), x.shape[1:4], x.shape[4], norm, values, child_row)
+def _(x, parent, scale, bias, norm, eps, residual, residual_row, low, high, values, child_row, _child_grid, child_bits):  # type: ignore[no-untyped-def]
+    return _new_epilogue(x, len(parent), x.shape[1:4], x.shape[4], norm, values, child_row, child_bits)
 
 
 def _new_epilogue(
@@ -394,10 +394,15 @@ def _new_epilogue(
     norm: Tensor | None,
     values: bool,
     child_row: Sequence[Tensor],
+    child_bits: Sequence[int],
 ) -> list[Tensor]:
-    codes = [like.new_empty((len(r), *size, -(-channels // 4) * 4), dtype=torch.uint8) for r in child_row]
+    kinds = {8: (torch.uint8, 4), 16: (torch.int16, 4), 32: (torch.float32, 1)}
+    children = [
+        like.new_empty((len(r), *size, -(-channels // kinds[bits][1]) * kinds[bits][1]), dtype=kinds[bits][0])
+        for r, bits in zip(child_row, child_bits, strict=True)
+    ]
     statistics = like.new_empty((0 if norm is None else rows, 2, channels))
-    return [like.new_empty((rows if values else 0, *size, channels)), statistics, *codes]
+    return [like.new_empty((rows if values else 0, *size, channels)), statistics, *children]
 
 
 # --- gradients ---

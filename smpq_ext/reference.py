@@ -166,7 +166,7 @@ def quantization_error(
 
 
 def coalition_convolution(
-    codes: Tensor,
+    x: Tensor,
     padding: Tensor,
     weight: Tensor,
     start: Tensor,
@@ -185,36 +185,39 @@ def coalition_convolution(
     values: bool,
     child_row: Sequence[Tensor],
     child_grid: Sequence[Tensor],
+    child_bits: Sequence[int],
 ) -> list[Tensor]:
-    """Row i is the epilogue of start[i] + the convolution of codes[parent[i]] with weight[variant[i]], in integers.
+    """Row i is the epilogue of start[i] + the convolution of x[parent[i]] with weight[variant[i]].
 
-    codes: uint8 [parents, samples, height, width, channels], channels a multiple of 4; padding: the code of 0, uint8
-    [parents]; weight: int8 [variants, blocks of 16 out, taps, channels / 4, 16, 4], or [variants, blocks of 16
-    channels, taps, 16] where depthwise; start: int32 [rows, out up to a multiple of 16]; geometry: kernel, stride,
-    padding before and after, and dilation, for height and width each. The rest: `coalition_epilogue`.
+    x: [parents, samples, height, width, channels], uint8 (codes) or int16 (fixed point), channels a multiple of 4, or
+    float32; padding [parents]: what stands for 0, as x; weight: [variants, blocks of 16 out, taps, channels / g, 16,
+    g], or [variants, blocks of 16 channels, taps, 16] where depthwise, int8 (g = 4), int16 (g = 2) or float32 (g = 1);
+    start: [rows, out up to a multiple of 16], int32, or float32; geometry: kernel, stride, padding before and after,
+    and dilation, for height and width each. Sums of whole numbers fit into 32 bits. The rest: `coalition_epilogue`.
     """
     kernel, stride, before, after, dilation = (list(geometry[i : i + 2]) for i in (0, 2, 4, 6, 8))
     if depthwise:
-        kernels = weight.transpose(2, 3).reshape(weight.shape[0], -1, 1, *kernel)[:, : codes.shape[-1]]
+        kernels = weight.transpose(2, 3).reshape(weight.shape[0], -1, 1, *kernel)[:, : x.shape[-1]]
     else:
-        kernels = weight.permute(0, 1, 4, 3, 5, 2).reshape(weight.shape[0], -1, codes.shape[-1], *kernel)
+        kernels = weight.permute(0, 1, 4, 3, 5, 2).reshape(weight.shape[0], -1, x.shape[-1], *kernel)
     out = []
     for row, (p, v) in enumerate(zip(parent.tolist(), variant.tolist(), strict=True)):
-        x = codes[p].permute(0, 3, 1, 2).double()
-        x = torch.nn.functional.pad(x, (before[1], after[1], before[0], after[0]), value=float(padding[p]))
-        groups = x.shape[1] if depthwise else 1
-        product = torch.nn.functional.conv2d(x, kernels[v].double(), None, stride, 0, dilation, groups)
+        image = x[p].permute(0, 3, 1, 2).double()
+        image = torch.nn.functional.pad(image, (before[1], after[1], before[0], after[0]), value=float(padding[p]))
+        groups = image.shape[1] if depthwise else 1
+        product = torch.nn.functional.conv2d(image, kernels[v].double(), None, stride, 0, dilation, groups)
         product = product + start[row, : product.shape[1], None, None]
         out.append(product[:, : scale.shape[1]].permute(0, 2, 3, 1))
     if out:
-        x = torch.stack(out)
+        products = torch.stack(out)
     else:
-        sizes = zip(codes.shape[2:4], kernel, stride, before, after, dilation, strict=True)
+        sizes = zip(x.shape[2:4], kernel, stride, before, after, dilation, strict=True)
         size = [(n + p + q - d * (k - 1) - 1) // s + 1 for n, k, s, p, q, d in sizes]
-        x = scale.new_empty(0, codes.shape[1], *size, scale.shape[1], dtype=torch.float64)
+        products = scale.new_empty(0, x.shape[1], *size, scale.shape[1], dtype=torch.float64)
+    rows = torch.arange(len(products), device=x.device)
     return coalition_epilogue(
-        *(x, torch.arange(len(x), device=x.device), scale, bias, norm, eps, residual, residual_row, low, high),
-        *(values, child_row, child_grid),
+        *(products, rows, scale, bias, norm, eps, residual, residual_row, low, high),
+        *(values, child_row, child_grid, child_bits),
     )
 
 
@@ -232,15 +235,18 @@ def coalition_epilogue(
     values: bool,
     child_row: Sequence[Tensor],
     child_grid: Sequence[Tensor],
+    child_bits: Sequence[int],
 ) -> list[Tensor]:
     """Row i is clamp(x[parent[i]] * scale[i] + bias[i] + residual[residual_row[i]], low, high); then its codes.
 
     x: float32 [parents, samples, height, width, channels]; scale, bias: [rows, channels]; residual as x. norm: the
     weight and bias of a normalization by each row's own mean and biased variance, float64 [2, channels], after scale
-    and bias, eps added to the variance. child_row[k] [children]: the rows that the codes of list k descend from;
-    child_grid[k] [children, 4]: scale, zero point and bounds of each. Returns the rows (none unless `values`), their
-    means and variances [rows, 2, channels] (none without norm), and for each list uint8 [children, samples, height,
-    width, channels up to a multiple of 4], 0 beyond the channels. NaN stays among the values, and has the lowest code.
+    and bias, eps added to the variance. child_row[k] [children]: the rows that list k descends from; child_bits[k]:
+    what they become. 8: codes, uint8; child_grid[k] [children, 4] holds scale, zero point and bounds. 16 and 32:
+    mixtures, int16, rounded, and float32; child_grid[k] [children, candidates, 5] holds the share of each candidate,
+    too. Returns the rows (none unless `values`), their means and variances [rows, 2, channels] (none without norm), and
+    each list [children, samples, height, width, channels], codes and int16 with channels up to a multiple of 4, those
+    beyond 0. NaN stays among floats, has the lowest code, and is -32767 in int16.
     """
     y = x[parent]
     statistics = y.new_empty(0, 2, x.shape[-1], dtype=torch.float32)
@@ -259,13 +265,27 @@ def coalition_epilogue(
     if residual is not None and residual_row is not None:
         y = y + residual[residual_row]
     y = y.clamp(low, high)
-    codes = []
-    for rows, grid in zip(child_row, child_grid, strict=True):
-        step, zero, least, most = (grid[:, k].reshape(-1, 1, 1, 1, 1) for k in range(4))
-        code = torch.minimum(torch.maximum(raw_code(y[rows], step, None) + zero, least), most)
-        code = torch.where(code.isnan(), least, code)
-        codes.append(torch.nn.functional.pad(code, (0, -y.shape[-1] % 4)).to(torch.uint8))
-    return [y if values else y[:0], statistics, *codes]
+    children = []
+    for rows, grid, bits in zip(child_row, child_grid, child_bits, strict=True):
+        if bits == 8:
+            step, zero, least, most = (grid[:, k].reshape(-1, 1, 1, 1, 1) for k in range(4))
+            code = torch.minimum(torch.maximum(raw_code(y[rows], step, None) + zero, least), most)
+            child = torch.where(code.isnan(), least, code)
+        else:
+            child = torch.zeros_like(y[rows])
+            for i, candidates in enumerate(grid):
+                terms = [
+                    share * _forward(y[rows[i]], s, z.int(), None, None, int(low), int(high), None, None)[0]
+                    for s, z, low, high, share in candidates
+                    if share != 0
+                ]
+                child[i] = sum(terms[1:], terms[0]) if terms else 0.0
+            if bits == 16:
+                child = torch.where(child.isnan(), -32767, child.clamp(-32767, 32767)).round()
+        if bits < 32:
+            child = torch.nn.functional.pad(child, (0, -y.shape[-1] % 4))
+        children.append(child.to({8: torch.uint8, 16: torch.int16, 32: torch.float32}[bits]))
+    return [y if values else y[:0], statistics, *children]
 
 
 def _forward(

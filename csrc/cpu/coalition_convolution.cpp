@@ -151,7 +151,69 @@ void multiply(const ConvolutionArgs<float>& a, const float* x, int64_t step, con
 #endif
 }
 
+template <int T, int blocks>
+void multiply(const ConvolutionArgs<int16_t>& a, const int16_t* x, int64_t step, const Image<int16_t>& image,
+              const int16_t* weight, const int32_t* start, int32_t (&out)[T][blocks * kLanes]) {
+  const int64_t panel = image.tap_count * a.channels * kLanes;
+#if defined(__AVX512VNNI__)
+  __m512i sum[T][blocks];
+#pragma GCC unroll 4
+  for (int o = 0; o < blocks; ++o) {
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) sum[t][o] = _mm512_loadu_si512(start + o * kLanes);
+  }
+  for_each_group<2>(a.channels, image, [&](int64_t offset, int64_t group) __attribute__((always_inline)) {
+    __m512i w[blocks];
+#pragma GCC unroll 4
+    for (int o = 0; o < blocks; ++o) w[o] = _mm512_loadu_si512(weight + o * panel + group * 2 * kLanes);
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) {
+      int32_t two;
+      std::memcpy(&two, x + offset + t * step, 4);
+      const __m512i values = _mm512_set1_epi32(two);
+#pragma GCC unroll 4
+      for (int o = 0; o < blocks; ++o) sum[t][o] = _mm512_dpwssd_epi32(sum[t][o], values, w[o]);
+    }
+  });
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+    for (int o = 0; o < blocks; ++o) _mm512_storeu_si512(out[t] + o * kLanes, sum[t][o]);
+  }
+#else
+  for (int t = 0; t < T; ++t) std::copy(start, start + blocks * kLanes, out[t]);
+  for_each_group<2>(a.channels, image, [&](int64_t offset, int64_t group) {
+    for (int t = 0; t < T; ++t) {
+      const int16_t* two = x + offset + t * step;
+      for (int o = 0; o < blocks; ++o) {
+        const int16_t* w = weight + o * panel + group * 2 * kLanes;
+        for (int lane = 0; lane < kLanes; ++lane) {
+          out[t][o * kLanes + lane] += two[0] * w[2 * lane] + two[1] * w[2 * lane + 1];
+        }
+      }
+    }
+  });
+#endif
+}
+
 // One product per channel and tap.
+template <int T>
+void multiply_depthwise(const int16_t* x, int64_t step, const Image<int16_t>& image, const int16_t* weight,
+                        const int32_t* start, int32_t (&out)[T][kLanes]) {
+  Ints sum[T];
+  for (int t = 0; t < T; ++t) load(sum[t], start);
+  for (int64_t k = 0; k < image.tap_count; ++k, weight += kLanes) {
+    Shorts w, value;
+    load(w, weight);
+    const Ints wide = __builtin_convertvector(w, Ints);
+    for (int t = 0; t < T; ++t) {
+      load(value, x + image.taps[k] + t * step);
+      sum[t] += __builtin_convertvector(value, Ints) * wide;
+    }
+  }
+  std::memcpy(out, sum, sizeof sum);
+}
+
 template <int T>
 void multiply_depthwise(const float* x, int64_t step, const Image<float>& image, const float* weight,
                         const float* start, float (&out)[T][kLanes]) {
@@ -341,7 +403,7 @@ void coalition_convolution(const ConvolutionArgs<X>& a, int64_t first_image, int
     const Image<X> image = frame(a, a.parent[row], sample, copied ? padded.data() : nullptr, taps.data());
     int64_t block = 0;
     if (!a.depthwise) {
-      if (std::is_same_v<X, uint8_t>) channels<4, 4>(a, image, row, sample, block);
+      if (!std::is_same_v<X, float>) channels<4, 4>(a, image, row, sample, block);
       channels<2, 8>(a, image, row, sample, block);
     }
     channels<1, std::is_same_v<X, float> ? 16 : 8>(a, image, row, sample, block);
@@ -349,6 +411,7 @@ void coalition_convolution(const ConvolutionArgs<X>& a, int64_t first_image, int
 }
 
 template void coalition_convolution(const ConvolutionArgs<uint8_t>&, int64_t, int64_t);
+template void coalition_convolution(const ConvolutionArgs<int16_t>&, int64_t, int64_t);
 template void coalition_convolution(const ConvolutionArgs<float>&, int64_t, int64_t);
 
 }  // namespace smpq::cpu::SMPQ_ISA

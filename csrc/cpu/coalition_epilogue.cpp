@@ -26,10 +26,10 @@ void narrow(const EpilogueArgs& a, int64_t row, int64_t first, int64_t last) {
   constexpr int kWide = 4, kPixels = kLanes / kWide;
   const size_t bytes = e.channels * sizeof(float);
   Floats scale = Floats{} + 1.0f, bias{};
-  Bytes there{};
+  Shorts there{};
   for (int k = 0; k < kPixels; ++k) {
     for (int c = 0; c < e.channels; ++c) {
-      there[k * kWide + c] = 255;
+      there[k * kWide + c] = -1;
       if (e.scale) scale[k * kWide + c] = e.scale[row * e.channels + c];
       if (e.bias) bias[k * kWide + c] = e.bias[row * e.channels + c];
     }
@@ -57,16 +57,21 @@ void narrow(const EpilogueArgs& a, int64_t row, int64_t first, int64_t last) {
     if (e.values) put(e.values + row * e.pixels * e.channels, pixel, pixels, y);
     for (int64_t c = e.child_begin[row]; c < e.child_begin[row + 1]; ++c) {
       const Child& child = e.children[c];
-      if (!child.codes) {
+      if (child.codes) {
+        Bytes codes;
+        quantize(codes, y, child);
+        codes &= __builtin_convertvector(there, Bytes);
+        std::memcpy(child.codes + pixel * kWide, &codes, pixels * kWide);
+      } else if (child.fixed) {
+        Shorts fixed;
+        fix(fixed, y, child);
+        fixed &= there;
+        std::memcpy(child.fixed + pixel * kWide, &fixed, pixels * kWide * sizeof(int16_t));
+      } else {
         Floats mixed;
         mix(mixed, y, child);
         put(child.mixed, pixel, pixels, mixed);
-        continue;
       }
-      Bytes codes;
-      quantize(codes, y, child);
-      codes &= there;
-      std::memcpy(child.codes + pixel * kWide, &codes, pixels * kWide);
     }
   }
 }

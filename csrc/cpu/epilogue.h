@@ -16,6 +16,7 @@ constexpr int kLanes = 16;  // output channels that are computed together
 using Floats = float __attribute__((vector_size(kLanes * sizeof(float))));
 using Doubles = double __attribute__((vector_size(kLanes * sizeof(double))));
 using Ints = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
+using Shorts = int16_t __attribute__((vector_size(kLanes * sizeof(int16_t))));
 using Bytes = uint8_t __attribute__((vector_size(kLanes)));
 
 template <class V>
@@ -57,6 +58,21 @@ inline void mix(Floats& mixed, const Floats& y, const Child& child) {
   }
 }
 
+// A mixture as whole numbers, within 16 bits.
+inline void fix(Shorts& fixed, const Floats& y, const Child& child) {
+  Floats mixed;
+  mix(mixed, y, child);
+  mixed = mixed >= -32767.0f ? mixed : Floats{} - 32767.0f;  // also NaN
+  mixed = mixed <= 32767.0f ? mixed : Floats{} + 32767.0f;
+  const Ints whole = __builtin_convertvector((mixed + 12582912.0f) - 12582912.0f, Ints);
+#if defined(__AVX512F__)
+  const __m256i narrow = _mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<const __m512i&>(whole));
+  std::memcpy(&fixed, &narrow, sizeof fixed);
+#else
+  fixed = __builtin_convertvector(whole, Shorts);
+#endif
+}
+
 // The floats of `n` channels, most often all of 4 * quads: a copy of a size that the compiler knows is no call.
 template <int quads>
 inline __attribute__((always_inline)) void copy_channels(void* to, const void* from, int n) {
@@ -76,19 +92,21 @@ inline __attribute__((always_inline)) void finish_quads(const Epilogue& e, int64
   if (e.values) copy_channels<quads>(e.values + (row * e.pixels + pixel) * e.channels + channel, &y, n);
   for (int64_t c = e.child_begin[row]; c < e.child_begin[row + 1]; ++c) {
     const Child& child = e.children[c];
-    if (!child.codes) {
+    if (child.codes) {
+      Bytes codes;
+      quantize(codes, y, child);
+      if (n < kLanes) codes &= Bytes{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} < static_cast<uint8_t>(n);
+      std::memcpy(child.codes + pixel * e.code_channels + channel, &codes, 4 * quads);
+    } else if (child.fixed) {
+      Shorts fixed;
+      fix(fixed, y, child);
+      if (n < kLanes) fixed &= Shorts{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} < static_cast<int16_t>(n);
+      std::memcpy(child.fixed + pixel * e.code_channels + channel, &fixed, 4 * quads * sizeof(int16_t));
+    } else {
       Floats mixed;
       mix(mixed, y, child);
       copy_channels<quads>(child.mixed + pixel * e.channels + channel, &mixed, n);
-      continue;
     }
-    Bytes codes;
-    quantize(codes, y, child);
-    if (n < kLanes) {
-      const Bytes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-      codes &= lane < static_cast<uint8_t>(n);
-    }
-    std::memcpy(child.codes + pixel * e.code_channels + channel, &codes, 4 * quads);
   }
 }
 

@@ -24,6 +24,7 @@ from smpq_ext.core import Assignments, Grid, Mixtures, SmpqError, Values
 from smpq_ext.engine import grids, losses, samples
 from smpq_ext.engine.capture import Graph, Uncapturable, capture
 from smpq_ext.engine.executor import MERGE, Executor, Meter, free_memory
+from smpq_ext.engine.fixed_point import FixedLayer
 from smpq_ext.engine.floating import FloatLayer
 from smpq_ext.engine.fusion import FusedLayer, Fusion
 from smpq_ext.engine.grids import Calibrate, Grids
@@ -48,6 +49,7 @@ def evaluator(
     memory: int | None = None,
     fixed: Mapping[str, int | str] | None = None,
     calibrate: Calibrate = "mse",
+    mixture_bits: int = 32,
 ) -> TorchEvaluator:
     """The value of width assignments of `model` on `data`, an iterable of (inputs, targets) that is kept as given.
 
@@ -58,6 +60,8 @@ def evaluator(
     memory: bytes that a forward may take; default a quarter of what is free.
     fixed: slot or layer -> width or "float"; default first and last layer at 8; {} searches every slot.
     calibrate: "mse", "minmax" or "percentile". The model itself is only read.
+    mixture_bits: 32, mixtures in float32, or 16, in fixed point: about twice as fast on a CPU, where inputs are rounded
+    to 1/4095 of their range and weights to about 1/10,000.
 
     Raises SmpqError for what the user can mend.
     """
@@ -71,10 +75,12 @@ def evaluator(
         raise SmpqError(f"memory: a number of bytes, not {memory!r}")
     if not (renormalize == "auto" or isinstance(renormalize, bool)):
         raise SmpqError(f"renormalize: 'auto', True or False, not {renormalize!r}")
+    if mixture_bits not in (16, 32):
+        raise SmpqError(f"mixture_bits: 16 or 32, not {mixture_bits!r}")
     if isinstance(model, torch.jit.ScriptModule):
         raise SmpqError("model: a ScriptModule's layers cannot be reached; give the nn.Module that it was made from")
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    return TorchEvaluator(model, data, bits, activation_bits, loss, renormalize, memory, fixed, calibrate)
+    return TorchEvaluator(model, data, bits, activation_bits, loss, renormalize, memory, fixed, calibrate, mixture_bits)
 
 
 class TorchEvaluator:
@@ -91,6 +97,7 @@ class TorchEvaluator:
         memory: int | None,
         fixed: Mapping[str, int | str] | None,
         calibrate: Calibrate,
+        mixture_bits: int,
     ) -> None:
         weight_bits = candidates("bits", bits)
         activation_widths = weight_bits
@@ -121,7 +128,7 @@ class TorchEvaluator:
         with quiet(self.device):
             graph = _captured(twin, layers, self.slot_grids, batches)
         self._executor = Executor(twin, layers, self.slot_grids, once if self.renormalize else ())
-        self._memory = memory
+        self._memory, self._mixture_bits = memory, mixture_bits
         self.peak_bytes = 0
         with quiet(self.device):
             self._executor.channels_last = self._channels_last_works(batches[0])
@@ -418,7 +425,8 @@ class TorchEvaluator:
         executor = self._executor
         norms = {name: m for name, m in executor.model.named_modules() if isinstance(m, _BatchNorm)}
         layers: tuple[dict[int, FusedLayer], dict[int, FusedLayer]] = {}, {}
-        for found, kinds in zip(layers, ((IntegerLayer, FloatLayer), (FloatLayer,)), strict=True):
+        mixed = (FixedLayer, FloatLayer) if self._mixture_bits == 16 else (FloatLayer,)
+        for found, kinds in zip(layers, ((IntegerLayer, FloatLayer), mixed), strict=True):
             for k, layer in enumerate(executor.layers):
                 for kind in kinds:
                     with contextlib.suppress(ValueError):

@@ -257,7 +257,7 @@ class RowNorm:
             # torch adds in float32 where channels are last, and errs by up to 1e-3 of a variance.
             y, statistics = torch.ops.smpq.coalition_epilogue(
                 *(x.permute(0, 2, 3, 1).unflatten(0, (n, -1)), torch.arange(n), None, None, affine(m), m.eps),
-                *(None, None, -math.inf, math.inf, True, [], []),
+                *(None, None, -math.inf, math.inf, True, [], [], []),
             )
             self.record(*statistics[-1])
             return y.flatten(0, 1).permute(0, 3, 1, 2)

@@ -50,9 +50,9 @@ class FloatLayer:
     def product(self, parents: Tensor, parent: Tensor, coalitions: Tensor) -> Product:
         n = len(coalitions)
         return Product(
-            padding=torch.zeros(len(parents)),
+            padding=torch.zeros(len(parents), dtype=torch.float32),
             weight=self._packed,
-            start=torch.zeros(n, -(-self._channels // LANES) * LANES),
+            start=torch.zeros(n, -(-self._channels // LANES) * LANES, dtype=torch.float32),
             variant=self._variant[coalitions],
             scale=torch.ones(n, self._channels, dtype=torch.float64),
             bias=self.layer.bias,

@@ -201,7 +201,8 @@ def pack(kernels: Tensor, depthwise: bool, together: int) -> Tensor:
     if depthwise:
         padded = torch.nn.functional.pad(kernels.flatten(2), (0, 0, 0, -outs % LANES))
         return padded.view(variants, -1, LANES, padded.shape[2]).transpose(2, 3).contiguous()
-    padded = torch.nn.functional.pad(kernels, (0, 0, 0, 0, 0, -channels % together, 0, -outs % LANES))
+    beyond = -channels % (4 if together > 1 else 1)  # codes and fixed point come in fours of channels
+    padded = torch.nn.functional.pad(kernels, (0, 0, 0, 0, 0, beyond, 0, -outs % LANES))
     groups = padded.shape[2] // together
     blocks = padded.reshape(variants, -1, LANES, groups, together, kernels.shape[3] * kernels.shape[4])
     return blocks.permute(0, 1, 5, 3, 2, 4).contiguous()

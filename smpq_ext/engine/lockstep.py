@@ -37,6 +37,7 @@ class _Children:
     readers: tuple[int, ...]  # steps
     row: list[Tensor]  # [children]: of the value
     grid: list[Tensor]  # [children, 4] or [children, candidates, 5]
+    bits: list[int]  # of an element
 
 
 class Lockstep:
@@ -53,7 +54,7 @@ class Lockstep:
         self.rows: list[_Rows] = []
         self._descent: dict[tuple[int, int], Tensor | None] = {}
         self._fusion: Fusion | None = None  # of the rows that are loaded
-        self._codes = False  # whether some of its inputs are codes
+        self._codes = False  # whether some of its inputs are codes or fixed point, where NaN is lost
         self._calls: dict[int, Call] = {}  # of the fused steps, by the last one
         self._children: dict[int, _Children] = {}  # of the fused calls, by their step
         self._quantized: dict[int, _Children] = {}  # of floating values
@@ -85,7 +86,7 @@ class Lockstep:
         fusion = self._fusion = self.floating if assigned is None or self.integer is None else self.integer
         if fusion is None:
             return
-        self._codes = any(layer.bits == 8 for layer in fusion.layers.values())
+        self._codes = any(layer.bits < 32 for layer in fusion.layers.values())
         for layer in fusion.layers.values():
             layer.load(assigned)
         for last, fused in fusion.fused.items():
@@ -98,7 +99,8 @@ class Lockstep:
             places = [self._input_place(f) for f in fused]
             rows = [self._row_of(self._place(source), place) for place in places]
             coalitions = [self._index(self.rows[place].coalition) for place in places]
-            return _Children(readers, rows, [f.layer.grids(c) for f, c in zip(fused, coalitions, strict=True)])
+            grids = [f.layer.grids(c) for f, c in zip(fused, coalitions, strict=True)]
+            return _Children(readers, rows, grids, [f.layer.bits for f in fused])
 
         self._children = {k: children(k, fusion.epilogue[k]) for k in fusion.fused}
         self._quantized = {k: children(k, readers) for k, readers in fusion.quantized.items() if readers}
@@ -149,16 +151,16 @@ class Lockstep:
             self._look(fused.residual, values[fused.residual])
             residual_row = self._row_of(self._place(fused.residual), self._place(last))
             residual = _pixels(values[fused.residual], self._count(fused.residual), fused.conv2d)
-        wanted, product = last in self._fusion.with_values, call.product
+        wanted, product, children = last in self._fusion.with_values, call.product, self._children[last]
         out = torch.ops.smpq.coalition_convolution(
             *(x, product.padding, product.weight, product.start, call.parent, product.variant, call.scale, call.bias),
             *(call.norm, call.eps, residual, residual_row, fused.low, fused.high),
             *(fused.geometry, fused.layer.depthwise, wanted),
-            *(self._children[last].row, self._children[last].grid),
+            *(children.row, children.grid, children.bits),
         )
         if fused.norm in self.norms:
             self.norms[fused.norm].record(*out[1][-1])
-        taken.update(zip(self._children[last].readers, out[2:], strict=True))
+        taken.update(zip(children.readers, out[2:], strict=True))
         if not wanted:
             return None
         if fused.conv2d:
@@ -174,10 +176,9 @@ class Lockstep:
             chosen = [i for i, k in enumerate(children.readers) if self._fusion.by_step[k].conv2d == conv2d]
             if chosen:
                 x = _pixels(value, self._count(source), conv2d)
-                rows, grids = [children.row[i] for i in chosen], [children.grid[i] for i in chosen]
-                same = torch.arange(len(x))
+                taking = ([field[i] for i in chosen] for field in (children.row, children.grid, children.bits))
                 out = torch.ops.smpq.coalition_epilogue(
-                    x, same, None, None, None, 0.0, None, None, -math.inf, math.inf, False, rows, grids
+                    *(x, torch.arange(len(x)), None, None, None, 0.0, None, None, -math.inf, math.inf, False, *taking)
                 )
                 taken.update(zip([children.readers[i] for i in chosen], out[2:], strict=True))
 

@@ -1,4 +1,4 @@
-"""The integer path: its ops against their plain-torch twins bit for bit, and its values against the floating path."""
+"""The fused path: its ops against their plain-torch twins bit for bit, and its values against the floating path."""
 
 from __future__ import annotations
 
@@ -14,22 +14,28 @@ from torch import Tensor, nn
 
 import smpq_ext
 from smpq_ext import reference
-from smpq_ext.engine.integer import _pack, _pack_depthwise
+from smpq_ext.engine.fusion import pack
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
 
-def children(rows: int, generator: torch.Generator, lists: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Rows and grids of codes: several lists, rows in any order, widths of 1 to 8 bits, zero points inside."""
-    row, grid = [], []
+def children(rows: int, generator: torch.Generator, lists: int) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """Rows, grids and kinds of children: codes and mixtures, several lists, rows in any order, zero points inside."""
+    row, grid, bits = [], [], []
     for k in range(lists):
         n = 3 * k if rows else 0
-        high = 2 ** torch.randint(1, 9, (n,), generator=generator) - 1
-        zero = (torch.rand(n, generator=generator) * (high + 1)).floor()
-        scale = torch.rand(n, generator=generator) + 0.01
+        size = (n,) if k % 3 == 0 else (n, 3)
+        high = 2 ** torch.randint(1, 9, size, generator=generator) - 1
+        zero = (torch.rand(size, generator=generator) * (high + 1)).floor()
+        scale = torch.rand(size, generator=generator) + 0.01
+        fields = [scale, zero, torch.zeros(size), high.float()]
+        if k % 3:
+            share = torch.rand(size, generator=generator) * (torch.rand(size, generator=generator) < 0.7)
+            fields.append(share * (100 if k % 3 == 1 else 1))
         row.append(torch.randint(0, max(rows, 1), (n,), generator=generator))
-        grid.append(torch.stack([scale, zero, torch.zeros(n), high.float()], 1))
-    return row, grid
+        grid.append(torch.stack(fields, -1))
+        bits.append((8, 16, 32)[k % 3])
+    return row, grid, bits
 
 
 @st.composite
@@ -40,6 +46,15 @@ def convolutions(draw: st.DrawFn) -> tuple[Any, ...]:
     def integers(low: int, high: int, *size: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.randint(low, high, size, generator=generator, dtype=dtype)
 
+    kind, together, input_range, weight_range = draw(
+        st.sampled_from(
+            [
+                (torch.uint8, 4, (0, 256), (-128, 128)),
+                (torch.int16, 2, (-4000, 4001), (-300, 301)),
+                (torch.float32, 1, (-50, 50), (-50, 50)),
+            ]
+        )
+    )
     depthwise = draw(st.booleans())
     parents, rows, variants, samples = (draw(st.integers(low, 3)) for low in (1, 0, 1, 1))
     channels = draw(st.sampled_from([1, 3, 4, 16, 20, 33]))
@@ -47,10 +62,11 @@ def convolutions(draw: st.DrawFn) -> tuple[Any, ...]:
     kernel, stride, before, after = ([draw(st.integers(low, 3)) for _ in range(2)] for low in (1, 1, 0, 0))
     dilation = [draw(st.integers(1, 2)) for _ in range(2)]
     height, width = (draw(st.integers(d * (k - 1) + 1, 12)) for d, k in zip(dilation, kernel, strict=True))
-    padded = -(-channels // 4) * 4
-    codes = integers(0, 256, parents, samples, height, width, padded, dtype=torch.uint8)
-    codes[..., channels:] = 0
-    weight = integers(-128, 128, variants, outs, 1 if depthwise else channels, *kernel)
+    padded = -(-channels // 4) * 4 if together > 1 else channels
+    x = integers(*input_range, parents, samples, height, width, padded).to(kind)
+    x[..., channels:] = 0
+    weight = integers(*weight_range, variants, outs, 1 if depthwise else channels, *kernel)
+    weight = weight.to({torch.uint8: torch.int8}.get(kind, kind))
     sizes = zip((height, width), kernel, stride, before, after, dilation, strict=True)
     size = [(n + p + q - d * (k - 1) - 1) // s + 1 for n, k, s, p, q, d in sizes]
     residual = residual_row = None
@@ -59,10 +75,10 @@ def convolutions(draw: st.DrawFn) -> tuple[Any, ...]:
         residual_row = integers(0, 2, rows)
     norm = torch.randn(2, outs, generator=generator).double() if draw(st.booleans()) else None
     return (
-        codes,
-        integers(0, 256, parents, dtype=torch.uint8),
-        (_pack_depthwise if depthwise else _pack)(weight),
-        integers(-1000, 1000, rows, -(-outs // 16) * 16, dtype=torch.int32),
+        x,
+        integers(*input_range, parents).to(kind),
+        pack(weight, depthwise, together),
+        integers(-1000, 1000, rows, -(-outs // 16) * 16).to(torch.float32 if together == 1 else torch.int32),
         integers(0, parents, rows),
         integers(0, variants, rows),
         torch.rand(rows, outs, generator=generator) * 1e-2,
@@ -71,12 +87,12 @@ def convolutions(draw: st.DrawFn) -> tuple[Any, ...]:
         *draw(st.sampled_from([(0.0, 6.0), (-1e30, 1e30), (0.0, 3.4e38)])),
         [*kernel, *stride, *before, *after, *dilation],
         *(depthwise, draw(st.booleans())),
-        *children(rows, generator, draw(st.integers(0, 3))),
+        *children(rows, generator, draw(st.integers(0, 4))),
     )
 
 
 @given(convolutions())
-def test_convolutions_of_codes_are_their_twin_bit_for_bit(arguments: tuple[Any, ...]) -> None:
+def test_convolutions_are_their_twin_bit_for_bit(arguments: tuple[Any, ...]) -> None:
     ours = torch.ops.smpq.coalition_convolution(*arguments)
     theirs = reference.coalition_convolution(*arguments)
     assert len(ours) == len(theirs)
@@ -105,7 +121,7 @@ def epilogues(draw: st.DrawFn) -> tuple[Any, ...]:
         *(1e-5, residual),
         None if residual is None else torch.randint(0, 2, (rows,), generator=generator),
         *(draw(st.sampled_from([-1e30, 0.0])), 1e30, draw(st.booleans())),
-        *children(rows, generator, draw(st.integers(0, 3))),
+        *children(rows, generator, draw(st.integers(0, 4))),
     )
 
 
@@ -123,27 +139,29 @@ def example() -> list[Any]:
     return [
         torch.randint(0, 16, (2, 3, 5, 5, 4), dtype=torch.uint8),
         torch.zeros(2, dtype=torch.uint8),
-        _pack(torch.randint(-7, 8, (2, 6, 4, 3, 3))),
+        pack(torch.randint(-7, 8, (2, 6, 4, 3, 3)).to(torch.int8), False, 4),
         torch.zeros(2, 16, dtype=torch.int32),
         *(torch.tensor([0, 1]), torch.tensor([1, 1])),
         *(torch.rand(2, 6), torch.rand(2, 6), torch.rand(2, 6).double(), 1e-5, None, None, 0.0, 6.0),
-        *([3, 3, 1, 1, 1, 1, 1, 1, 1, 1], False, True, [rows], [grids]),
+        *([3, 3, 1, 1, 1, 1, 1, 1, 1, 1], False, True, [rows], [grids], [8]),
     ]
 
 
 def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.smpq.coalition_convolution.default, tuple(example()))
     x = torch.randn(2, 3, 5, 5, 6)
-    rows, grids = example()[-2:]
-    arguments = (x, torch.tensor([1, 0, 0]), None, None, None, 0.0, None, None, 0.0, 6.0, True, rows, grids)
-    torch.library.opcheck(torch.ops.smpq.coalition_epilogue.default, arguments)
+    rows, grids, _ = example()[-3:]
+    mixed = [torch.rand(2, 3, 5).ceil()]
+    for bits, grid in ((8, grids), (16, mixed), (32, mixed)):
+        arguments = (x, torch.tensor([1, 0, 0]), None, None, None, 0.0, None, None, 0.0, 6.0, True, rows, grid, [bits])
+        torch.library.opcheck(torch.ops.smpq.coalition_epilogue.default, arguments)
 
 
 @pytest.mark.parametrize(
     ("position", "value", "message"),
     [
         (0, torch.zeros(2, 3, 5, 5, 3, dtype=torch.uint8), "no multiple of 4"),
-        (0, torch.zeros(2, 3, 5, 5, 4), "codes"),
+        (0, torch.zeros(2, 3, 5, 5, 4), "weight"),
         (1, torch.zeros(3, dtype=torch.uint8), "padding"),
         (2, torch.zeros(2, 1, 4, 1, 16, 4, dtype=torch.int8), "weight"),
         (3, torch.zeros(2, 6, dtype=torch.int32), "start"),
@@ -154,8 +172,11 @@ def test_opcheck() -> None:
         (10, torch.zeros(1, 3, 5, 5, 6), "residual"),
         (14, [9, 9, 1, 1, 0, 0, 0, 0, 1, 1], "weight"),
         (14, [3, 3, 1, 1], "geometry"),
-        (14, [3, 3, 2, 2, 0, 0, 0, 0, 3, 3], "larger than the padded codes"),
+        (14, [3, 3, 2, 2, 0, 0, 0, 0, 3, 3], "larger than the padded x"),
         (17, [torch.tensor([0, 5])], r"child_row\[1\] is 5"),
+        (18, [torch.tensor([[0.1, 0, 0]])], "child_grid"),
+        (19, [7], "child_bits"),
+        (19, [8, 8], "as many entries"),
         (18, [torch.tensor([[0.1, 0, 0, 300], [0.1, 0, 0, 1]])], "0 to 255"),
     ],
 )
@@ -176,31 +197,39 @@ LAYERS = {
 }
 
 
-def both_paths(ev: Any, rows: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs for every row from the integer path, and from the floating one."""
+def both_paths(ev: Any, rows: np.ndarray) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs for every row from fused calls, and layer by layer from torch."""
     lockstep = ev._executor.lockstep
-    assert lockstep is not None and lockstep.integer.layers
-    found: list[list[Tensor]] = [[], []]
+    assert lockstep is not None and lockstep.integer.fused and lockstep.floating.fused
+    found: list[list[Tensor]] = []
     original = type(lockstep).__call__
 
     def listen(self: Any, *arguments: Any) -> Any:
         outputs = original(self, *arguments)
-        found[self.integer is None].append(outputs)
+        found[-1].append(outputs)
         return outputs
 
-    monkeypatch.setattr(type(lockstep), "__call__", listen)
-    integer = lockstep.integer
-    for lockstep.integer in (integer, None):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(lockstep), "__call__", listen)
+        found.append([])
         ev(rows)
-    lockstep.integer = integer
+        patch.setattr(lockstep, "integer", None)
+        patch.setattr(lockstep, "floating", None)
+        found.append([])
+        ev(rows)
     return found[0], found[1]
+
+
+def mixtures(ev: Any, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Shares of every candidate, some of them 0, [n, slots, candidates]."""
+    shares = rng.random((n, *ev.space.mask.shape)) * (rng.random((n, *ev.space.mask.shape)) < 0.8) * ev.space.mask
+    return np.where(shares.sum(2, keepdims=True) > 0, shares, ev.space.mask).astype(np.float32)
 
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("signed", [True, False])
-def test_a_layer_is_that_of_the_floating_path_within_rounding(
-    name: str, signed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("mixture_bits", [32, 16])
+def test_a_layer_is_that_of_torch_within_rounding(name: str, signed: bool, mixture_bits: int) -> None:
     torch.manual_seed(0)
     make, shape = LAYERS[name]
     x = torch.randn(16, *shape) if signed else torch.rand(16, *shape)
@@ -208,26 +237,78 @@ def test_a_layer_is_that_of_the_floating_path_within_rounding(
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return outputs.square().mean()
 
-    ev = smpq_ext.evaluator(make(), [(x, torch.zeros(16))], bits=(1, 2, 3, 5, 8), loss=loss, fixed={})
+    ev = smpq_ext.evaluator(
+        *(make(), [(x, torch.zeros(16))]), bits=(1, 2, 3, 5, 8), loss=loss, fixed={}, mixture_bits=mixture_bits
+    )
     rows = np.array([[i, j] for i in range(5) for j in range(5)], np.int8)
-    ours, theirs = both_paths(ev, rows, monkeypatch)
-    for a, b in zip(ours, theirs, strict=True):
-        # One layer has no second rounding: only the order of additions differs.
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+    for asked, tolerance in (
+        (rows, 1e-4),
+        (mixtures(ev, 9, np.random.default_rng(0)), 1e-4 if mixture_bits == 32 else 1e-3),
+    ):
+        ours, theirs = both_paths(ev, asked)
+        for a, b in zip(ours, theirs, strict=True):
+            # One layer has no second rounding: only the order of additions differs, or 16 bits.
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
 
 
-def test_a_network_gives_the_loss_of_the_floating_path(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("activation_bits", [(2, 4, 8), (9, 12), ()])
+def test_floating_layers_are_those_of_torch(activation_bits: tuple[int, ...]) -> None:
+    """Beyond 8 bits, of weights only, and float slots, as assignments and as mixtures."""
+    torch.manual_seed(0)
+    x = torch.rand(16, 6, 9, 8)
+    ev = smpq_ext.evaluator(
+        nn.Sequential(nn.Conv2d(6, 9, 3, 2, 1), nn.ReLU6(), nn.Conv2d(9, 4, 1)).eval(),
+        [(x, torch.zeros(16))],
+        bits=(2, 10),
+        activation_bits=activation_bits,
+        loss=lambda outputs, targets: outputs.square().mean(),
+        fixed={"2.weight": "float"},
+    )
+    rng = np.random.default_rng(0)
+    lockstep = ev._executor.lockstep
+    assert not lockstep.integers and len(lockstep.floating.fused) == 2
+    for rows in (rng.integers(0, ev.space.highest() + 1, (5, len(ev.slots))).astype(np.int8), mixtures(ev, 5, rng)):
+        for a, b in zip(*both_paths(ev, rows), strict=True):
+            # A tie in the second layer's input goes the other way by one step.
+            assert (a - b).abs().max() <= 0.1 * b.abs().max()
+            assert ((a - b).abs() > 1e-4 * b.abs().max()).double().mean() < 0.01
+
+
+def test_a_network_gives_the_loss_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = Branches()
     data = [(torch.randn(256, 3, 10, 10), torch.randint(0, 5, (256,)))]
     ev = smpq_ext.evaluator(model, data, bits=(2, 4, 8), loss="kl", renormalize=False)
     rows = np.random.default_rng(0).integers(0, ev.space.highest() + 1, (12, len(ev.slots))).astype(np.int8)
-    fast = ev(rows)
-    monkeypatch.setattr(ev._executor.lockstep, "integer", None)
-    slow = ev(rows)
-    assert (fast != slow).any()
-    # A rounding difference that lands on a tie moves a code by a whole step, in few places of few images.
-    np.testing.assert_allclose(fast, slow, rtol=5e-3)
+    for asked in (rows, mixtures(ev, 12, np.random.default_rng(1))):
+        fast = ev(asked)
+        with monkeypatch.context() as patch:
+            patch.setattr(ev._executor.lockstep, "integer", None)
+            patch.setattr(ev._executor.lockstep, "floating", None)
+            slow = ev(asked)
+        assert (fast != slow).any()
+        # A rounding difference that lands on a tie moves a code by a whole step, in few places of few images.
+        np.testing.assert_allclose(fast, slow, rtol=5e-3)
+
+
+@pytest.mark.parametrize("mixture_bits", [32, 16])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_values_of_mixtures_do_not_depend_on_rows_threads_or_memory(mixture_bits: int, renormalize: bool) -> None:
+    torch.manual_seed(0)
+    model, data = Branches(), [(torch.randn(40, 3, 10, 10), torch.randint(0, 5, (40,)))]
+    settings: Any = {"bits": (2, 4, 8), "loss": "kl", "renormalize": renormalize, "mixture_bits": mixture_bits}
+    ev, narrow = (smpq_ext.evaluator(model, data, **settings, memory=memory) for memory in (None, 1))
+    rows = mixtures(ev, 9, np.random.default_rng(0))
+    together = ev.by_group(rows)
+    np.testing.assert_array_equal(ev.by_group(rows[::-1])[::-1], together)
+    np.testing.assert_allclose(narrow.by_group(rows), together, rtol=1e-6)
+    np.testing.assert_allclose(np.concatenate([ev.by_group(r[None]) for r in rows]), together, rtol=1e-6)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if before > 1 else 2)
+        np.testing.assert_allclose(ev.by_group(rows), together, rtol=1e-6)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_values_do_not_depend_on_rows_threads_or_memory() -> None:
@@ -237,7 +318,7 @@ def test_values_do_not_depend_on_rows_threads_or_memory() -> None:
         smpq_ext.evaluator(model, data, bits=(2, 4, 8), loss="kl", renormalize=False, memory=memory)
         for memory in (None, 1)
     )
-    assert ev._executor.lockstep.integer.layers
+    assert ev._executor.lockstep.integers
     rows = np.random.default_rng(0).integers(0, ev.space.highest() + 1, (9, len(ev.slots))).astype(np.int8)
     together = ev.by_group(rows)
     np.testing.assert_allclose(narrow.by_group(rows), together, rtol=1e-6)
@@ -261,8 +342,8 @@ def test_wide_slots_and_odd_layers_stay_floating() -> None:
     data = [(torch.randn(8, 4, 8, 8), torch.randint(0, 3, (8,)))]
     narrow = smpq_ext.evaluator(model, data, bits=(2, 8), fixed={})
     wide = smpq_ext.evaluator(model, data, bits=(2, 12), fixed={"4": 8})
-    assert set(narrow._executor.lockstep.integer.layers) == {1, 2}  # groups of several channels are not there
-    assert set(wide._executor.lockstep.integer.layers) == {2}
+    assert narrow._executor.lockstep.integers == {1, 2}  # groups of several channels are not there
+    assert wide._executor.lockstep.integers == {2}
 
 
 @pytest.mark.parametrize("affine", [True, False])
