@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import operator
 import warnings
@@ -31,6 +32,8 @@ FORWARDS = {
 }
 # What has samples though nothing before it has, and is the same for all of them.
 EQUAL_SAMPLES = {aten.expand.default, aten.repeat.default, aten.full.default, aten.zeros.default, aten.ones.default}
+# What takes only dtype and device of its operand.
+NEW = {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
 ROOT = 0  # the place of what depends on no slot: one row
 
 
@@ -243,7 +246,11 @@ class _Builder:
             node.target, node.target
         )
         operands: list[int] = []
-        args, kwargs = (self._arguments(x, operands) for x in (node.args, dict(node.kwargs)))
+        given = node.args
+        if target in NEW and not self._has_samples(node):
+            like = torch.empty(0, dtype=given[0].meta["val"].dtype, device=given[0].meta["val"].device)
+            target, given = functools.partial(target, like), given[1:]
+        args, kwargs = (self._arguments(x, operands) for x in (given, dict(node.kwargs)))
         if not self._has_samples(node):
             if any(self.steps[k].place is not None for k in operands):
                 raise Uncapturable(f"{node.name} mixes the samples")
