@@ -13,30 +13,33 @@ constexpr ScalarType kType = std::is_same_v<X, float>     ? ScalarType::Float
                              : std::is_same_v<X, int8_t>  ? ScalarType::Char
                                                           : ScalarType::Byte;
 
+// Rows [first_row, last_row).
 template <class X>
-void multiply(const ConvolutionArgs<X>& a, int64_t first_row, int64_t last_row) {
-  torch::stable::parallel_for(first_row * a.samples, last_row * a.samples, 1,
-                              [&](int64_t first, int64_t last) { SMPQ_ON_CPU(coalition_convolution, a, first, last); });
+void multiply(const Tensor& like, const ConvolutionArgs<X>& a, int64_t last_row) {
+  const int64_t start = a.first_row * a.samples;
+  launch(
+      like,
+      [&]([[maybe_unused]] void* stream) {
+        if constexpr (std::is_same_v<X, uint8_t>) cuda::coalition_convolution(a, last_row, stream);
+      },
+      [&](int64_t first, int64_t last) { SMPQ_ON_CPU(coalition_convolution, a, start + first, start + last); },
+      last_row * a.samples - start, 1);
 }
 
 // Products first, while a cache holds them, and the rest by each row's own statistics.
 template <class X>
-void multiply_normalized(ConvolutionArgs<X> a, const Normalization& norm) {
+void multiply_normalized(const Tensor& like, ConvolutionArgs<X> a, const Normalization& norm) {
   const Epilogue& e = a.epilogue;
   const int64_t group = norm.rows_together(e, a.rows);
   const Tensor products = torch::stable::new_empty(norm.statistics, {group * e.pixels * e.channels}, ScalarType::Float);
   a.products = mutable_data<float>(products);
-  std::vector<int64_t> parent(a.rows);
-  for (int64_t row = 0; row < a.rows; ++row) parent[row] = row % group;
-  const EpilogueArgs rest{a.products, parent.data(), a.rows, e};
-  norm.run(
-      e, a.rows, a.samples,
-      [&](int64_t first, int64_t last, double* moments) {
-        a.moments = moments;
-        a.first_row = first;
-        multiply(a, first, last);
-      },
-      [&](int64_t first, int64_t last) { finish_rows(rest, first, last); });
+  norm.run(EpilogueArgs{a.products, nullptr, 0, a.rows, e}, on_device(like) ? cuda::moment_parts(e) : a.samples,
+           [&](const EpilogueArgs& group, int64_t last, double* to) {
+             a.first_row = group.first_row;
+             a.moments = to;
+             multiply(like, a, last);  // the CPU takes the moments while it writes the products
+             if (on_device(like)) Normalization::moments(like, group, last, to);
+           });
 }
 
 template <class X>
@@ -46,6 +49,10 @@ std::vector<Tensor> run(const Tensor& x, const Tensor& padding, const Tensor& we
                         const OptionalTensor& residual_row, double low, double high, std::vector<int64_t> geometry,
                         bool depthwise, bool values, const std::vector<Tensor>& child_row,
                         const std::vector<Tensor>& child_grid, std::vector<int64_t> child_bits) {
+  SMPQ_CHECK((std::is_same_v<X, uint8_t>) || !on_device(x), op, ": on CUDA x must be codes, uint8");
+  for (const Tensor* t : {&padding, &weight, &start, &parent, &variant, &scale, &bias}) {
+    SMPQ_CHECK(same_device(*t, x), op, ": all arguments must be on the device of x");
+  }
   using Args = ConvolutionArgs<X>;
   using Weight = typename Args::Weight;
   using Sum = typename Args::Sum;
@@ -110,7 +117,7 @@ std::vector<Tensor> run(const Tensor& x, const Tensor& padding, const Tensor& we
   a.start = data<Sum>(start);
   a.parent = data<int64_t>(parent);
   a.variant = data<int64_t>(variant);
-  norm ? multiply_normalized(a, normalization) : multiply(a, 0, a.rows);
+  norm ? multiply_normalized(x, a, normalization) : multiply(x, a, a.rows);
   return made.out;
 }
 
@@ -139,6 +146,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SMPQ_LIBRARY, m) {
       "bool depthwise, bool values, Tensor[] child_row, Tensor[] child_grid, SymInt[] child_bits) -> Tensor[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(SMPQ_LIBRARY, CPU, m) { m.impl("coalition_convolution", TORCH_BOX(&coalition_convolution)); }
+SMPQ_REGISTER("coalition_convolution", coalition_convolution)
 
 }  // namespace smpq

@@ -18,20 +18,15 @@ std::vector<Tensor> coalition_epilogue(const Tensor& x, const Tensor& parent, co
   EpilogueTensors made =
       make_epilogue(op, x, rows, {x.size(1), x.size(2), x.size(3)}, x.size(4), normalization.scale, normalization.bias,
                     residual, residual_row, low, high, values, child_row, child_grid, child_bits);
-  const EpilogueArgs args{data<float>(x), data<int64_t>(parent), rows, made.epilogue};
+  const EpilogueArgs args{data<float>(x), data<int64_t>(parent), 0, rows, made.epilogue};
   made.out.insert(made.out.begin() + 1, normalization.statistics);
-  const auto finish = [&](int64_t first, int64_t last) { finish_rows(args, first, last); };
-  if (!norm) {
-    finish(0, rows);
-    return made.out;
+  if (norm) {
+    normalization.run(
+        args, Normalization::moment_parts(x, made.epilogue),
+        [&](const EpilogueArgs& group, int64_t last, double* to) { Normalization::moments(x, group, last, to); });
+  } else {
+    Normalization::finish_rows(x, args, rows);
   }
-  const int64_t units = cpu::epilogue_units(args.epilogue);
-  const auto moments = [&](int64_t first_row, int64_t last_row, double* to) {
-    torch::stable::parallel_for(0, (last_row - first_row) * units, 4, [&](int64_t first, int64_t last) {
-      SMPQ_ON_CPU(coalition_moments, args, first_row, to, first, last);
-    });
-  };
-  normalization.run(args.epilogue, rows, units, moments, finish);
   return made.out;
 }
 
@@ -45,6 +40,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SMPQ_LIBRARY, m) {
       "Tensor[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(SMPQ_LIBRARY, CPU, m) { m.impl("coalition_epilogue", TORCH_BOX(&coalition_epilogue)); }
+SMPQ_REGISTER("coalition_epilogue", coalition_epilogue)
 
 }  // namespace smpq

@@ -85,6 +85,16 @@ struct Child {
   float* mixed;    // [pixels, channels]
   const Candidate* candidates;
   int64_t count;
+  int64_t next;  // on CUDA: another child of the same row, or -1
+};
+
+// A list of children as its tensors say it.
+struct ChildList {
+  const int64_t* row;  // [count]
+  const float* grid;   // [count, 4], or [count, candidates, 5]
+  void* out;
+  int64_t count, candidates, bits;
+  Candidate* folded;  // [count, candidates]: memory for what children point to
 };
 
 // What becomes of the products of a layer, pixel by pixel, [channels] being the fastest dimension:
@@ -97,18 +107,74 @@ struct Epilogue {
   const int64_t* residual_row;  // [rows]
   float low, high;
   float* values;               // [rows, pixels, channels], or null
-  const int64_t* child_begin;  // [rows + 1]
+  const int64_t* child_begin;  // [rows + 1]; on CUDA [rows]: the first child of each row, or -1
   const Child* children;
   int64_t pixels, channels, code_channels;
 };
 
-// The epilogue of values that are there already: row r is that of values[parent[r]]; without scale and bias, as it is.
+// Child i of a list.
+SMPQ_HD Child child_of(const ChildList& list, int64_t i, const Epilogue& e) {
+  Child child{};
+  const int64_t width = list.bits == 8 ? 4 : 5;
+  const float* g = list.grid + i * (list.bits == 8 ? 1 : list.candidates) * width;
+  const auto folded = [](const float* at) {
+    return fold(make_grid<float>(at[0], at[1], static_cast<int32_t>(at[2]), static_cast<int32_t>(at[3])));
+  };
+  if (list.bits == 8) {
+    const FoldedGrid<float> f = folded(g);
+    child.codes = static_cast<uint8_t*>(list.out) + i * e.pixels * e.code_channels;
+    child.inv_scale = f.inv_scale;
+    child.low = f.low;
+    child.high = f.high;
+    child.zero_point = g[1];
+    return child;
+  }
+  Candidate* to = list.folded + i * list.candidates;
+  child.candidates = to;
+  for (int64_t c = 0; c < list.candidates; ++c, g += width) {
+    if (g[4] == 0.0f) continue;
+    const FoldedGrid<float> f = folded(g);
+    to[child.count++] = Candidate{f.inv_scale, f.low, f.high, f.scale, g[4]};
+  }
+  if (list.bits == 16) {
+    child.fixed = static_cast<int16_t*>(list.out) + i * e.pixels * e.code_channels;
+  } else {
+    child.mixed = static_cast<float*>(list.out) + i * e.pixels * e.channels;
+  }
+  return child;
+}
+
+// The epilogue of values that are there already: row r is that of values[parent[r]], or, without parent, of
+// values[r - first_row]; without scale and bias, as it is.
 struct EpilogueArgs {
   const float* values;    // [parents, pixels, channels]
-  const int64_t* parent;  // [rows]
-  int64_t rows;
+  const int64_t* parent;  // [rows], or null
+  int64_t first_row, rows;
   Epilogue epilogue;
 };
+
+// Every row by its own mean and biased variance, from [parts] sums and sums of squares of its values.
+struct NormalizationArgs {
+  const double* affine;  // [2, channels]: weight and bias
+  double eps;
+  float* scale;       // [rows, channels]: of the values before, then of the normalized ones
+  float* bias;        // [rows, channels]
+  float* statistics;  // [rows, 2, channels]: means and variances
+  int64_t pixels, channels;
+};
+
+SMPQ_HD void normalize(const NormalizationArgs& a, int64_t row, int64_t channel, double sum, double square) {
+  float& scale = a.scale[row * a.channels + channel];
+  float& bias = a.bias[row * a.channels + channel];
+  const double mean = sum / a.pixels, step = scale;
+  const double spread = square / a.pixels - mean * mean;
+  const double variance = (spread > 0 ? spread : 0) * step * step;
+  const double factor = a.affine[channel] / std::sqrt(variance + a.eps);
+  a.statistics[row * 2 * a.channels + channel] = static_cast<float>(mean * step + bias);
+  a.statistics[(row * 2 + 1) * a.channels + channel] = static_cast<float>(variance);
+  scale = static_cast<float>(step * factor);
+  bias = static_cast<float>(a.affine[a.channels + channel] - mean * step * factor);
+}
 
 // What an input of type X is multiplied with, and what the products are added up in.
 template <class X>
@@ -178,8 +244,7 @@ const char* isa_name();
   void coalition_convolution(const ConvolutionArgs<X>&, int64_t first_image, int64_t last_image);                  \
   void coalition_epilogue(const EpilogueArgs&, int64_t first_unit, int64_t last_unit);                             \
   /* units: from first_row on; moments: [units, 2, channels], sums and sums of squares of the values */            \
-  void coalition_moments(const EpilogueArgs&, int64_t first_row, double* moments, int64_t first_unit,              \
-                         int64_t last_unit);                                                                       \
+  void coalition_moments(const EpilogueArgs&, double* moments, int64_t first_unit, int64_t last_unit);             \
   }
 SMPQ_DECLARE(baseline)
 SMPQ_DECLARE(avx2)
@@ -208,6 +273,19 @@ template <class T, class C, class Z>
 void coalition_fake_quantize(const CoalitionArgs<T, C, Z>* tensors, int64_t count, void* stream);  // one launch
 template <class T, class C, class Z>
 void quantization_error(const QuantizationErrorArgs<T, C, Z>&, void* stream);
+
+// Children and the first one of each row, [total] and [rows], from their lists.
+constexpr int kChildLists = 32;
+void plan_children(const ChildList* lists, int64_t count, const Epilogue&, int64_t rows, int64_t* first,
+                   Child* children, void* stream);
+// Rows [first_row, last_row); moments: [last_row - first_row, parts, 2, channels].
+constexpr int64_t kMomentPixels = 64;
+inline int64_t moment_parts(const Epilogue& e) { return (e.pixels + kMomentPixels - 1) / kMomentPixels; }
+void coalition_moments(const EpilogueArgs&, int64_t last_row, double* moments, void* stream);
+void normalize_rows(const NormalizationArgs&, int64_t first_row, int64_t last_row, const double* moments, int64_t parts,
+                    void* stream);
+void coalition_epilogue(const EpilogueArgs&, int64_t last_row, void* stream);
+void coalition_convolution(const ConvolutionArgs<uint8_t>&, int64_t last_row, void* stream);
 
 }  // namespace cuda
 

@@ -155,6 +155,15 @@ inline Tensor new_float64(const Tensor& like, std::vector<int64_t> size) {
   return torch::stable::new_empty(like, size, ScalarType::Double);
 }
 
+// Whether the CUDA kernels run.
+inline bool on_device([[maybe_unused]] const Tensor& x) {
+#ifdef SMPQ_EMULATE
+  return true;
+#else
+  return x.is_cuda();
+#endif
+}
+
 // Runs `on_device(stream)` for CUDA tensors, else `on_cpu(first, last)` over ranges of `units`, shared out over
 // threads.
 template <class OnDevice, class OnCpu>

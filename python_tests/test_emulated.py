@@ -105,7 +105,9 @@ def test_faults_are_reported(faults: Path, kernel: str, report: str) -> None:
     assert re.search(report, done.stderr), done.stderr
 
 
-@pytest.mark.parametrize("file", [EMULATOR / "paths.py", TESTS / "test_ops.py"], ids=lambda f: f.stem)
+@pytest.mark.parametrize(
+    "file", [EMULATOR / "paths.py", TESTS / "test_ops.py", TESTS / "test_fused_ops.py"], ids=lambda f: f.stem
+)
 def test_kernels(library: Path, file: Path) -> None:
     done = sanitized(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not on_the_cpu", file],

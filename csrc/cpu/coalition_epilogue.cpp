@@ -6,13 +6,17 @@
 namespace smpq::cpu::SMPQ_ISA {
 namespace {
 
+const float* values_of(const EpilogueArgs& a, int64_t row) {
+  return a.values + (a.parent ? a.parent[row] : row - a.first_row) * a.epilogue.pixels * a.epilogue.channels;
+}
+
 void block(const EpilogueArgs& a, int64_t row, int64_t first, int64_t last, int64_t channel) {
   const Epilogue& e = a.epilogue;
   const int n = static_cast<int>(std::min<int64_t>(kLanes, e.channels - channel));
   Floats scale = Floats{} + 1.0f, bias{};
   if (e.scale) std::memcpy(&scale, e.scale + row * e.channels + channel, n * sizeof(float));
   if (e.bias) std::memcpy(&bias, e.bias + row * e.channels + channel, n * sizeof(float));
-  const float* x = a.values + a.parent[row] * e.pixels * e.channels + channel;
+  const float* x = values_of(a, row) + channel;
   for (int64_t pixel = first; pixel < last; ++pixel) {
     Floats value{};
     copy_channels<4>(&value, x + pixel * e.channels, n);
@@ -34,7 +38,7 @@ void narrow(const EpilogueArgs& a, int64_t row, int64_t first, int64_t last) {
       if (e.bias) bias[k * kWide + c] = e.bias[row * e.channels + c];
     }
   }
-  const float* x = a.values + a.parent[row] * e.pixels * e.channels;
+  const float* x = values_of(a, row);
   const float* residual = e.residual ? e.residual + e.residual_row[row] * e.pixels * e.channels : nullptr;
   const auto put = [&](float* to, int64_t pixel, int pixels, const Floats& y) {
     float value[kLanes];
@@ -79,7 +83,7 @@ void narrow(const EpilogueArgs& a, int64_t row, int64_t first, int64_t last) {
 void moments_of(const EpilogueArgs& a, int64_t row, int64_t first, int64_t last, int64_t channel, double* to) {
   const int64_t channels = a.epilogue.channels;
   const int n = static_cast<int>(std::min<int64_t>(kLanes, channels - channel));
-  const float* x = a.values + a.parent[row] * a.epilogue.pixels * channels + channel;
+  const float* x = values_of(a, row) + channel;
   Doubles sum{}, square{};
   for (int64_t pixel = first; pixel < last; ++pixel) {
     Floats value{};
@@ -94,12 +98,11 @@ void moments_of(const EpilogueArgs& a, int64_t row, int64_t first, int64_t last,
 
 }  // namespace
 
-void coalition_moments(const EpilogueArgs& a, int64_t first_row, double* moments, int64_t first_unit,
-                       int64_t last_unit) {
+void coalition_moments(const EpilogueArgs& a, double* moments, int64_t first_unit, int64_t last_unit) {
   const Epilogue& e = a.epilogue;
   const int64_t units = epilogue_units(e);
   for (int64_t unit = first_unit; unit < last_unit; ++unit) {
-    const int64_t row = first_row + unit / units, first = unit % units * kEpiloguePixels;
+    const int64_t row = a.first_row + unit / units, first = unit % units * kEpiloguePixels;
     const int64_t last = std::min(first + kEpiloguePixels, e.pixels);
     for (int64_t channel = 0; channel < e.channels; channel += kLanes) {
       moments_of(a, row, first, last, channel, moments + unit * 2 * e.channels);

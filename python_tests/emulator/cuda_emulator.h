@@ -358,6 +358,41 @@ T atomicAdd(T* p, T v) {
   return old;
 }
 
+template <class T>
+T atomicExch(T* p, T v) {
+  const T old = *p;
+  *p = v;
+  return old;
+}
+
+namespace cuda_emulator {
+
+// mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32, its fragments as in the PTX ISA, "Matrix Fragments for
+// mma.m16n8k32".
+inline void mma_m16n8k32(int32_t (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SMPQ_EMULATOR_PLACE) {
+  constexpr uint32_t everyone = 0xffffffffu;
+  const int lane = static_cast<int>(lane_id()), row = lane / 4, column = lane % 4 * 2;
+  for (int j = 0; j < 4; ++j) {  // the lane that holds words j and j + 4
+    uint32_t x[4], w[2][2];
+    for (int k = 0; k < 4; ++k) x[k] = __shfl_sync(everyone, a[k], row * 4 + j, 32, file, line);
+    for (int n = 0; n < 2; ++n) {
+      for (int k = 0; k < 2; ++k) w[n][k] = __shfl_sync(everyone, b[k], (column + n) * 4 + j, 32, file, line);
+    }
+    for (int half = 0; half < 2; ++half) {       // words j and j + 4
+      for (int lower = 0; lower < 2; ++lower) {  // rows `row` and `row + 8`
+        for (int n = 0; n < 2; ++n) {
+          for (int byte = 0; byte < 4; ++byte) {
+            const int code = static_cast<uint8_t>(x[half * 2 + lower] >> (8 * byte));
+            sum[lower * 2 + n] += code * static_cast<int8_t>(w[n][half] >> (8 * byte));
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace cuda_emulator
+
 // The part of the runtime that launches need.
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 enum cudaDeviceAttr {

@@ -1,6 +1,5 @@
 # libsmpq_emulated.so: the ops' checks and the CUDA kernels, on cuda_emulator.h, under AddressSanitizer and UBSan. Its ops
 # are torch.ops.smpq_emulated.*, for CPU tensors. Included by CMakeLists.txt with -DSMPQ_EMULATE=ON; never installed.
-list(FILTER glue_sources EXCLUDE REGEX "coalition_(convolution|epilogue)")  # those of codes have no CUDA kernels yet
 set_source_files_properties(${cuda_sources} PROPERTIES LANGUAGE CXX)
 add_library(smpq_emulated SHARED ${glue_sources} ${cuda_sources})
 target_compile_definitions(smpq_emulated PRIVATE SMPQ_EMULATE)

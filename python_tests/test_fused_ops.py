@@ -1,0 +1,195 @@
+"""coalition_convolution and coalition_epilogue against their plain-torch twins, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from python_tests.conftest import WHERE
+from smpq_ext import ops, reference
+from smpq_ext.engine.fusion import pack
+
+pytestmark = pytest.mark.usefixtures("compiled")
+
+
+def on(device: str, given: Any) -> Any:
+    """Arguments with their tensors on the device."""
+    if isinstance(given, list | tuple):
+        return type(given)(on(device, x) for x in given)
+    return given.to(device) if isinstance(given, Tensor) else given
+
+
+def children(rows: int, generator: torch.Generator, lists: int) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """Rows, grids and kinds of children: codes and mixtures, several lists, rows in any order, zero points inside."""
+    row, grid, bits = [], [], []
+    for k in range(lists):
+        n = 3 * k if rows else 0
+        size = (n,) if k % 3 == 0 else (n, 3)
+        high = 2 ** torch.randint(1, 9, size, generator=generator) - 1
+        zero = (torch.rand(size, generator=generator) * (high + 1)).floor()
+        scale = torch.rand(size, generator=generator) + 0.01
+        fields = [scale, zero, torch.zeros(size), high.float()]
+        if k % 3:
+            share = torch.rand(size, generator=generator) * (torch.rand(size, generator=generator) < 0.7)
+            fields.append(share * (100 if k % 3 == 1 else 1))
+        row.append(torch.randint(0, max(rows, 1), (n,), generator=generator))
+        grid.append(torch.stack(fields, -1))
+        bits.append((8, 16, 32)[k % 3])
+    return row, grid, bits
+
+
+KINDS = [
+    (torch.uint8, 4, (0, 256), (-128, 128)),
+    (torch.int16, 2, (-4000, 4001), (-300, 301)),
+    (torch.float32, 1, (-50, 50), (-50, 50)),
+]
+if WHERE != "cpu":
+    KINDS = KINDS[:1]  # the CUDA kernel multiplies codes
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[Any, ...]:
+    """Arguments of coalition_convolution: odd sizes, strides, dilations, depthwise, with and without a residual."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+
+    def integers(low: int, high: int, *size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.randint(low, high, size, generator=generator, dtype=dtype)
+
+    kind, together, input_range, weight_range = draw(st.sampled_from(KINDS))
+    depthwise = draw(st.booleans())
+    parents, rows, variants, samples = (draw(st.integers(low, 3)) for low in (1, 0, 1, 1))
+    channels = draw(st.sampled_from([1, 3, 4, 16, 20, 33]))
+    outs = channels if depthwise else draw(st.sampled_from([1, 5, 16, 32, 50, 64, 80]))
+    kernel, stride, before, after = ([draw(st.integers(low, 3)) for _ in range(2)] for low in (1, 1, 0, 0))
+    dilation = [draw(st.integers(1, 2)) for _ in range(2)]
+    height, width = (draw(st.integers(d * (k - 1) + 1, 12)) for d, k in zip(dilation, kernel, strict=True))
+    padded = -(-channels // 4) * 4 if together > 1 else channels
+    x = integers(*input_range, parents, samples, height, width, padded).to(kind)
+    x[..., channels:] = 0
+    weight = integers(*weight_range, variants, outs, 1 if depthwise else channels, *kernel)
+    weight = weight.to({torch.uint8: torch.int8}.get(kind, kind))
+    sizes = zip((height, width), kernel, stride, before, after, dilation, strict=True)
+    size = [(n + p + q - d * (k - 1) - 1) // s + 1 for n, k, s, p, q, d in sizes]
+    residual = residual_row = None
+    if draw(st.booleans()):
+        residual = 100 * torch.randn(2, samples, *size, outs, generator=generator)
+        residual_row = integers(0, 2, rows)
+    norm = torch.randn(2, outs, generator=generator).double() if draw(st.booleans()) else None
+    return (
+        x,
+        integers(*input_range, parents).to(kind),
+        pack(weight, depthwise, together),
+        integers(-1000, 1000, rows, -(-outs // 16) * 16).to(torch.float32 if together == 1 else torch.int32),
+        integers(0, parents, rows),
+        integers(0, variants, rows),
+        torch.rand(rows, outs, generator=generator) * 1e-2,
+        torch.randn(rows, outs, generator=generator),
+        *(norm, 1e-5, residual, residual_row),
+        *draw(st.sampled_from([(0.0, 6.0), (-1e30, 1e30), (0.0, 3.4e38)])),
+        [*kernel, *stride, *before, *after, *dilation],
+        *(depthwise, draw(st.booleans())),
+        *children(rows, generator, draw(st.integers(0, 4))),
+    )
+
+
+def is_twin(op: str, device: str, arguments: tuple[Any, ...]) -> None:
+    ours, theirs = getattr(ops._smpq, op)(*on(device, arguments)), getattr(reference, op)(*arguments)
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0, equal_nan=True)
+
+
+@given(arguments=convolutions())
+def test_convolutions_are_their_twin_bit_for_bit(device: str, arguments: tuple[Any, ...]) -> None:
+    is_twin("coalition_convolution", device, arguments)
+
+
+@st.composite
+def epilogues(draw: st.DrawFn) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    parents, rows, channels = draw(st.integers(1, 3)), draw(st.integers(0, 4)), draw(st.sampled_from([1, 3, 4, 16, 35]))
+    size = [draw(st.integers(1, 3)), draw(st.integers(1, 17)), draw(st.integers(1, 17))]
+    x = 10 * torch.randn(parents, *size, channels, generator=generator)
+    affine, normalized = draw(st.booleans()), draw(st.booleans())
+    if normalized:
+        x = (x * 1024).round() / 1024  # their sums are exact in any order
+    else:
+        x.view(-1)[0] = draw(st.sampled_from([0.0, 1e38, -1e38, torch.inf, -torch.inf, torch.nan]))
+    residual = torch.randn(2, *size, channels, generator=generator) if draw(st.booleans()) else None
+    return (
+        x,
+        torch.randint(0, parents, (rows,), generator=generator),
+        torch.randn(rows, channels, generator=generator) if affine else None,
+        torch.randn(rows, channels, generator=generator) if affine else None,
+        torch.randn(2, channels, generator=generator).double() if normalized else None,
+        *(1e-5, residual),
+        None if residual is None else torch.randint(0, 2, (rows,), generator=generator),
+        *(draw(st.sampled_from([-1e30, 0.0])), 1e30, draw(st.booleans())),
+        *children(rows, generator, draw(st.integers(0, 4))),
+    )
+
+
+@given(arguments=epilogues())
+def test_epilogues_are_their_twin_bit_for_bit(device: str, arguments: tuple[Any, ...]) -> None:
+    is_twin("coalition_epilogue", device, arguments)
+
+
+def example() -> list[Any]:
+    """Plain arguments of coalition_convolution."""
+    rows, grids = torch.tensor([1, 0]), torch.tensor([[0.1, 0, 0, 15], [0.2, 3, 0, 255]])
+    return [
+        torch.randint(0, 16, (2, 3, 5, 5, 4), dtype=torch.uint8),
+        torch.zeros(2, dtype=torch.uint8),
+        pack(torch.randint(-7, 8, (2, 6, 4, 3, 3)).to(torch.int8), False, 4),
+        torch.zeros(2, 16, dtype=torch.int32),
+        *(torch.tensor([0, 1]), torch.tensor([1, 1])),
+        *(torch.rand(2, 6), torch.rand(2, 6), torch.rand(2, 6).double(), 1e-5, None, None, 0.0, 6.0),
+        *([3, 3, 1, 1, 1, 1, 1, 1, 1, 1], False, True, [rows], [grids], [8]),
+    ]
+
+
+def test_opcheck_on_the_cpu() -> None:
+    torch.library.opcheck(torch.ops.smpq.coalition_convolution.default, tuple(example()))
+    x = torch.randn(2, 3, 5, 5, 6)
+    rows, grids, _ = example()[-3:]
+    mixed = [torch.rand(2, 3, 5).ceil()]
+    for bits, grid in ((8, grids), (16, mixed), (32, mixed)):
+        arguments = (x, torch.tensor([1, 0, 0]), None, None, None, 0.0, None, None, 0.0, 6.0, True, rows, grid, [bits])
+        torch.library.opcheck(torch.ops.smpq.coalition_epilogue.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, torch.zeros(2, 3, 5, 5, 3, dtype=torch.uint8), "no multiple of 4"),
+        (0, torch.zeros(2, 3, 5, 5, 4), "weight"),
+        (1, torch.zeros(3, dtype=torch.uint8), "padding"),
+        (2, torch.zeros(2, 1, 4, 1, 16, 4, dtype=torch.int8), "weight"),
+        (3, torch.zeros(2, 6, dtype=torch.int32), "start"),
+        (4, torch.tensor([0, 2]), r"parent\[1\] is 2"),
+        (5, torch.tensor([-1, 0]), r"variant\[0\] is -1"),
+        (6, torch.rand(2, 17), "blocks of 16"),
+        (8, torch.zeros(2, 6), "norm"),
+        (10, torch.zeros(1, 3, 5, 5, 6), "residual"),
+        (14, [9, 9, 1, 1, 0, 0, 0, 0, 1, 1], "weight"),
+        (14, [3, 3, 1, 1], "geometry"),
+        (14, [3, 3, 2, 2, 0, 0, 0, 0, 3, 3], "larger than the padded x"),
+        (17, [torch.tensor([0, 5])], r"child_row\[1\] is 5"),
+        (18, [torch.tensor([[0.1, 0, 0]])], "child_grid"),
+        (19, [7], "child_bits"),
+        (19, [8, 8], "as many entries"),
+        (18, [torch.tensor([[0.1, 0, 0, 300], [0.1, 0, 0, 1]])], "0 to 255"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_on_the_cpu(position: int, value: Any, message: str) -> None:
+    arguments = example()
+    torch.ops.smpq.coalition_convolution(*arguments)
+    arguments[position] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.smpq.coalition_convolution(*arguments)
