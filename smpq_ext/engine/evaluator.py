@@ -266,11 +266,12 @@ class TorchEvaluator:
         batch = max(self._run_batches, key=lambda b: b.size)
         few = batch.size if not self._folds else min(batch.size, 4)
         assignment = self.space.one_hot(self.space.highest()[None])
-        sample_bytes = largest = 0
+        sample_bytes = loaded = largest = 0
         for rows in (assignment, self.space.mask / self.space.mask.sum(1, keepdims=True)[None]):  # and a mixture
-            with _Loaded(self, rows.astype(np.float32)), Meter() as meter:
+            with Meter() as meter, _Loaded(self, rows.astype(np.float32)):
+                kept, loaded = meter.live, max(loaded, meter.peak)
                 outputs = self._executor.forward(batch, 0, few)
-            sample_bytes = max(sample_bytes, -(-meter.peak // few))
+            sample_bytes = max(sample_bytes, -(-(meter.peak - kept) // few))
             largest = largest or meter.largest // few  # of the assignment
         result = sum(x.numel() * x.element_size() for x in tree_leaves(outputs) if isinstance(x, Tensor))
         memory = free_memory(self.device) // 4 if self._memory is None else self._memory
@@ -284,8 +285,7 @@ class TorchEvaluator:
         most = min(MERGE, count) if lockstep else count
         whole = self.renormalize or not self._folds
         self._samples = count if whole else max(MERGE, min(images, cached, most))
-        weights = sum(layer.source.nbytes for layer in self._executor.layers if layer.weight)
-        self._row_bytes = self._samples * sample_bytes + count * -(-result // few) + 2 * weights  # once more, packed
+        self._row_bytes = self._samples * sample_bytes + count * -(-result // few) + loaded + 64 * len(self._parts)
         rows = memory // self._row_bytes
         if not (whole and lockstep):
             rows = min(rows, cached // self._samples)

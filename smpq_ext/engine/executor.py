@@ -290,20 +290,21 @@ class Meter(TorchDispatchMode):
         self.seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                self.seen.add(leaf.untyped_storage()._cdata)  # weights and data were there before
+        self._see((args, kwargs), made=False)  # weights and data were there before
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        self._see(result, made=True)
+        return result
+
+    def _see(self, tree: Any, made: bool) -> None:
+        for leaf in tree_leaves(tree):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
+                key, size = storage._cdata, storage.nbytes() if made else 0
                 if key not in self.seen:
                     self.seen.add(key)
-                    weakref.finalize(storage, self._free, key, size)
+                    weakref.finalize(storage, self._free, key, size)  # its address may be another's after it
                     self.live += size
                     self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
-        return result
 
     def _free(self, key: int, size: int) -> None:
         self.seen.discard(key)
