@@ -56,8 +56,9 @@ inline __attribute__((always_inline)) void for_each_group(int64_t channels, cons
 
 // Products of `T` neighbouring output pixels and `blocks` x 16 output channels, kept in registers.
 template <int T, int blocks>
-void multiply(const ConvolutionArgs<uint8_t>& a, const uint8_t* x, int64_t step, const Image<uint8_t>& image,
-              const int8_t* weight, const int32_t* start, int32_t (&out)[T][blocks * kLanes]) {
+SMPQ_INLINE void multiply(const ConvolutionArgs<uint8_t>& a, const uint8_t* x, int64_t step,
+                          const Image<uint8_t>& image, const int8_t* weight, const int32_t* start,
+                          Ints (&out)[T][blocks]) {
   const int64_t panel = image.tap_count * a.channels * kLanes;  // bytes of a block of channels
 #if defined(__AVX512VNNI__)
   __m512i sum[T][blocks];
@@ -82,10 +83,11 @@ void multiply(const ConvolutionArgs<uint8_t>& a, const uint8_t* x, int64_t step,
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 4
-    for (int o = 0; o < blocks; ++o) _mm512_storeu_si512(out[t] + o * kLanes, sum[t][o]);
+    for (int o = 0; o < blocks; ++o) out[t][o] = (Ints)sum[t][o];
   }
 #else
-  for (int t = 0; t < T; ++t) std::copy(start, start + blocks * kLanes, out[t]);
+  int32_t sum[T][blocks * kLanes];
+  for (int t = 0; t < T; ++t) std::copy(start, start + blocks * kLanes, sum[t]);
   for (int64_t k = 0; k < image.tap_count; ++k) {
     const int64_t tap = image.taps[k];
     for (int64_t c = 0; c < a.channels; c += 4) {
@@ -94,7 +96,7 @@ void multiply(const ConvolutionArgs<uint8_t>& a, const uint8_t* x, int64_t step,
         for (int o = 0; o < blocks; ++o) {
           const int8_t* w = weight + o * panel;
           for (int lane = 0; lane < kLanes; ++lane) {
-            out[t][o * kLanes + lane] += four[0] * w[4 * lane] + four[1] * w[4 * lane + 1] + four[2] * w[4 * lane + 2] +
+            sum[t][o * kLanes + lane] += four[0] * w[4 * lane] + four[1] * w[4 * lane + 1] + four[2] * w[4 * lane + 2] +
                                          four[3] * w[4 * lane + 3];
           }
         }
@@ -102,12 +104,13 @@ void multiply(const ConvolutionArgs<uint8_t>& a, const uint8_t* x, int64_t step,
       weight += 4 * kLanes;
     }
   }
+  std::memcpy(out, sum, sizeof sum);
 #endif
 }
 
 template <int T, int blocks>
-void multiply(const ConvolutionArgs<float>& a, const float* x, int64_t step, const Image<float>& image,
-              const float* weight, const float* start, float (&out)[T][blocks * kLanes]) {
+SMPQ_INLINE void multiply(const ConvolutionArgs<float>& a, const float* x, int64_t step, const Image<float>& image,
+                          const float* weight, const float* start, Floats (&out)[T][blocks]) {
   const int64_t panel = image.tap_count * a.channels * kLanes;
 #if defined(__AVX512F__)
   __m512 sum[T][blocks];
@@ -130,7 +133,7 @@ void multiply(const ConvolutionArgs<float>& a, const float* x, int64_t step, con
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 4
-    for (int o = 0; o < blocks; ++o) _mm512_storeu_ps(out[t] + o * kLanes, sum[t][o]);
+    for (int o = 0; o < blocks; ++o) out[t][o] = (Floats)sum[t][o];
   }
 #else
   Floats sum[T][blocks];
@@ -152,8 +155,9 @@ void multiply(const ConvolutionArgs<float>& a, const float* x, int64_t step, con
 }
 
 template <int T, int blocks>
-void multiply(const ConvolutionArgs<int16_t>& a, const int16_t* x, int64_t step, const Image<int16_t>& image,
-              const int16_t* weight, const int32_t* start, int32_t (&out)[T][blocks * kLanes]) {
+SMPQ_INLINE void multiply(const ConvolutionArgs<int16_t>& a, const int16_t* x, int64_t step,
+                          const Image<int16_t>& image, const int16_t* weight, const int32_t* start,
+                          Ints (&out)[T][blocks]) {
   const int64_t panel = image.tap_count * a.channels * kLanes;
 #if defined(__AVX512VNNI__)
   __m512i sum[T][blocks];
@@ -178,28 +182,30 @@ void multiply(const ConvolutionArgs<int16_t>& a, const int16_t* x, int64_t step,
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 4
-    for (int o = 0; o < blocks; ++o) _mm512_storeu_si512(out[t] + o * kLanes, sum[t][o]);
+    for (int o = 0; o < blocks; ++o) out[t][o] = (Ints)sum[t][o];
   }
 #else
-  for (int t = 0; t < T; ++t) std::copy(start, start + blocks * kLanes, out[t]);
+  int32_t sum[T][blocks * kLanes];
+  for (int t = 0; t < T; ++t) std::copy(start, start + blocks * kLanes, sum[t]);
   for_each_group<2>(a.channels, image, [&](int64_t offset, int64_t group) {
     for (int t = 0; t < T; ++t) {
       const int16_t* two = x + offset + t * step;
       for (int o = 0; o < blocks; ++o) {
         const int16_t* w = weight + o * panel + group * 2 * kLanes;
         for (int lane = 0; lane < kLanes; ++lane) {
-          out[t][o * kLanes + lane] += two[0] * w[2 * lane] + two[1] * w[2 * lane + 1];
+          sum[t][o * kLanes + lane] += two[0] * w[2 * lane] + two[1] * w[2 * lane + 1];
         }
       }
     }
   });
+  std::memcpy(out, sum, sizeof sum);
 #endif
 }
 
 // One product per channel and tap.
 template <int T>
-void multiply_depthwise(const int16_t* x, int64_t step, const Image<int16_t>& image, const int16_t* weight,
-                        const int32_t* start, int32_t (&out)[T][kLanes]) {
+SMPQ_INLINE void multiply_depthwise(const int16_t* x, int64_t step, const Image<int16_t>& image, const int16_t* weight,
+                                    const int32_t* start, Ints (&out)[T][1]) {
   Ints sum[T];
   for (int t = 0; t < T; ++t) load(sum[t], start);
   for (int64_t k = 0; k < image.tap_count; ++k, weight += kLanes) {
@@ -215,8 +221,8 @@ void multiply_depthwise(const int16_t* x, int64_t step, const Image<int16_t>& im
 }
 
 template <int T>
-void multiply_depthwise(const float* x, int64_t step, const Image<float>& image, const float* weight,
-                        const float* start, float (&out)[T][kLanes]) {
+SMPQ_INLINE void multiply_depthwise(const float* x, int64_t step, const Image<float>& image, const float* weight,
+                                    const float* start, Floats (&out)[T][1]) {
   Floats sum[T];
   for (int t = 0; t < T; ++t) load(sum[t], start);
   for (int64_t k = 0; k < image.tap_count; ++k, weight += kLanes) {
@@ -232,8 +238,8 @@ void multiply_depthwise(const float* x, int64_t step, const Image<float>& image,
 }
 
 template <int T>
-void multiply_depthwise(const uint8_t* x, int64_t step, const Image<uint8_t>& image, const int8_t* weight,
-                        const int32_t* start, int32_t (&out)[T][kLanes]) {
+SMPQ_INLINE void multiply_depthwise(const uint8_t* x, int64_t step, const Image<uint8_t>& image, const int8_t* weight,
+                                    const int32_t* start, Ints (&out)[T][1]) {
 #if defined(__AVX512VNNI__)
   __m512i sum[T];
 #pragma GCC unroll 16
@@ -248,15 +254,17 @@ void multiply_depthwise(const uint8_t* x, int64_t step, const Image<uint8_t>& im
     }
   }
 #pragma GCC unroll 16
-  for (int t = 0; t < T; ++t) _mm512_storeu_si512(out[t], sum[t]);
+  for (int t = 0; t < T; ++t) out[t][0] = (Ints)sum[t];
 #else
-  for (int t = 0; t < T; ++t) std::copy(start, start + kLanes, out[t]);
+  int32_t sum[T][kLanes];
+  for (int t = 0; t < T; ++t) std::copy(start, start + kLanes, sum[t]);
   for (int64_t k = 0; k < image.tap_count; ++k, weight += kLanes) {
     for (int t = 0; t < T; ++t) {
       const uint8_t* codes = x + image.taps[k] + t * step;
-      for (int lane = 0; lane < kLanes; ++lane) out[t][lane] += codes[lane] * weight[lane];
+      for (int lane = 0; lane < kLanes; ++lane) sum[t][lane] += codes[lane] * weight[lane];
     }
   }
+  std::memcpy(out, sum, sizeof sum);
 #endif
 }
 
@@ -264,84 +272,77 @@ void multiply_depthwise(const uint8_t* x, int64_t step, const Image<uint8_t>& im
 template <class X, int blocks>
 struct Block {
   int64_t row, sample, first;  // channel
-  int lanes;                   // channels that are there
   const typename Multiplied<X>::Weight* weight;
   const typename Multiplied<X>::Sum* start;
-  float scale[blocks * kLanes], bias[blocks * kLanes];
-  double sum[blocks * kLanes], square[blocks * kLanes];
+  Floats scale[blocks], bias[blocks];
+  Moments moments[blocks] = {};
 
   Block(const ConvolutionArgs<X>& a, int64_t row_, int64_t sample_, int64_t block, int64_t taps)
       : row(row_), sample(sample_), first(block * kLanes) {
     weight = a.weight + (a.variant[row] * a.outs + block) * taps * kLanes * (a.depthwise ? 1 : a.channels);
     start = a.start + row * a.outs * kLanes + first;
-    const Epilogue& e = a.epilogue;
-    lanes = static_cast<int>(std::min<int64_t>(blocks * kLanes, e.channels - first));
-    std::fill_n(sum, blocks * kLanes, 0.0);
-    std::fill_n(square, blocks * kLanes, 0.0);
-    std::fill_n(scale, blocks * kLanes, 0.0f);
-    std::fill_n(bias, blocks * kLanes, 0.0f);
     if (a.products) return;
-    std::copy_n(e.scale + row * e.channels + first, lanes, scale);
-    std::copy_n(e.bias + row * e.channels + first, lanes, bias);
+    const Epilogue& e = a.epilogue;
+    for (int o = 0; o < blocks; ++o) {
+      load_lanes<false>(scale[o], e.scale + row * e.channels + first + o * kLanes, lanes(e, o));
+      load_lanes<false>(bias[o], e.bias + row * e.channels + first + o * kLanes, lanes(e, o));
+    }
+  }
+
+  // Channels of block o that are there.
+  int lanes(const Epilogue& e, int o) const {
+    return static_cast<int>(std::min<int64_t>(kLanes, e.channels - first - o * kLanes));
   }
 
   void write_moments(const ConvolutionArgs<X>& a) const {
     const int64_t channels = a.epilogue.channels;
     double* to = a.moments + ((row - a.first_row) * a.samples + sample) * 2 * channels + first;
-    std::copy_n(sum, lanes, to);
-    std::copy_n(square, lanes, to + channels);
+    for (int o = 0; o < blocks; ++o, to += kLanes) moments[o].store(to, to + channels, lanes(a.epilogue, o));
   }
 };
 
-// The products of T pixels as they are, and their moments.
-template <class X, int T, int blocks>
-void keep(const ConvolutionArgs<X>& a, Block<X, blocks>& b, int64_t pixel,
-          const typename Multiplied<X>::Sum (&products)[T][blocks * kLanes]) {
-  const int64_t channels = a.epilogue.channels;
-  float* to = a.products + ((b.row - a.first_row) * a.epilogue.pixels + pixel) * channels + b.first;
-  for (int o = 0; o < blocks; ++o) {
-    const int n = std::min(kLanes, b.lanes - o * kLanes);
-    Doubles sum, square;
-    load(sum, b.sum + o * kLanes);
-    load(square, b.square + o * kLanes);
-    for (int t = 0; t < T; ++t) {
-      Vector<X> product;
-      load(product, products[t] + o * kLanes);
-      const Doubles exact = __builtin_convertvector(product, Doubles);
-      sum += exact;
-      square += exact * exact;
-      const Floats rounded = __builtin_convertvector(product, Floats);
-      std::memcpy(to + t * channels + o * kLanes, &rounded, n == kLanes ? sizeof rounded : n * sizeof(float));
-    }
-    std::memcpy(b.sum + o * kLanes, &sum, sizeof sum);
-    std::memcpy(b.square + o * kLanes, &square, sizeof square);
+// T pixels, from `pixel` on, of one block: the products as they are, and their moments.
+template <int T, class X>
+SMPQ_INLINE void keep(const ConvolutionArgs<X>& a, int64_t row, int64_t pixel, int64_t channel,
+                      const Vector<X> (&products)[T], Moments& moments) {
+  const int64_t channels = a.epilogue.channels, n = channels - channel;
+  float* to = a.products + ((row - a.first_row) * a.epilogue.pixels + pixel) * channels + channel;
+  Moments sums = moments;
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) {
+    sums.add(products[t]);
+    const Floats rounded = __builtin_convertvector(products[t], Floats);
+    n >= kLanes ? store_lanes<true>(to + t * channels, rounded, kLanes)
+                : store_lanes<false>(to + t * channels, rounded, static_cast<int>(n));
   }
+  moments = sums;
 }
 
 template <int T, class X, int blocks>
-void tile(const ConvolutionArgs<X>& a, const Image<X>& image, Block<X, blocks>& b, int64_t oy, int64_t ox) {
+SMPQ_INLINE void tile(const ConvolutionArgs<X>& a, const Image<X>& image, Block<X, blocks>& b, int64_t oy, int64_t ox) {
   const int64_t step = a.stride[1] * a.channels;
   const X* x = image.x + oy * a.stride[0] * image.line + ox * step + (a.depthwise ? b.first : 0);
-  typename Multiplied<X>::Sum products[T][blocks * kLanes];
-  if (a.depthwise) {
-    if constexpr (blocks == 1) multiply_depthwise<T>(x, step, image, b.weight, b.start, products);
+  Vector<X> products[T][blocks];
+  const auto all = [&] { multiply<T, blocks>(a, x, step, image, b.weight, b.start, products); };
+  if constexpr (blocks == 1) {
+    a.depthwise ? multiply_depthwise<T>(x, step, image, b.weight, b.start, products) : all();
   } else {
-    multiply<T, blocks>(a, x, step, image, b.weight, b.start, products);
+    all();
   }
-  const Epilogue& e = a.epilogue;
   const int64_t pixel = (b.sample * a.out_height + oy) * a.out_width + ox;
-  if (a.products) return keep<X, T, blocks>(a, b, pixel, products);
+#pragma GCC unroll 4
   for (int o = 0; o < blocks; ++o) {
-    const int64_t channel = b.first + o * kLanes;
-    Floats scale, bias;
-    load(scale, b.scale + o * kLanes);
-    load(bias, b.bias + o * kLanes);
-    for (int t = 0; t < T; ++t) {
-      Vector<X> sums;
-      load(sums, products[t] + o * kLanes);
-      const Floats product = __builtin_convertvector(sums, Floats) * scale + bias;
-      finish(e, b.row, pixel + t, channel, product);
+    Vector<X> own[T];
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) own[t] = products[t][o];
+    if (a.products) {
+      keep<T>(a, b.row, pixel, b.first + o * kLanes, own, b.moments[o]);
+      continue;
     }
+    Floats y[T];
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) y[t] = __builtin_convertvector(own[t], Floats) * b.scale[o] + b.bias[o];
+    finish<T>(a.epilogue, b.row, pixel, b.first + o * kLanes, y);
   }
 }
 

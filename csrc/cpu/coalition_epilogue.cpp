@@ -10,18 +10,31 @@ const float* values_of(const EpilogueArgs& a, int64_t row) {
   return a.values + (a.parent ? a.parent[row] : row - a.first_row) * a.epilogue.pixels * a.epilogue.channels;
 }
 
+template <bool whole>
 void block(const EpilogueArgs& a, int64_t row, int64_t first, int64_t last, int64_t channel) {
   const Epilogue& e = a.epilogue;
   const int n = static_cast<int>(std::min<int64_t>(kLanes, e.channels - channel));
   Floats scale = Floats{} + 1.0f, bias{};
-  if (e.scale) std::memcpy(&scale, e.scale + row * e.channels + channel, n * sizeof(float));
-  if (e.bias) std::memcpy(&bias, e.bias + row * e.channels + channel, n * sizeof(float));
+  if (e.scale) load_lanes<whole>(scale, e.scale + row * e.channels + channel, n);
+  if (e.bias) load_lanes<whole>(bias, e.bias + row * e.channels + channel, n);
   const float* x = values_of(a, row) + channel;
-  for (int64_t pixel = first; pixel < last; ++pixel) {
-    Floats value{};
-    copy_channels<4>(&value, x + pixel * e.channels, n);
-    finish(e, row, pixel, channel, e.scale ? value * scale + bias : value);
-  }
+  const int64_t channels = e.channels;
+  const bool affine = e.scale;
+  int64_t pixel = first;
+  const auto some = [&](auto& y, auto count) __attribute__((always_inline)) {
+    constexpr int T = decltype(count)::value;
+    for (; pixel + T <= last; pixel += T) {
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        load_lanes<whole>(y[t], x + (pixel + t) * channels, n);
+        if (affine) y[t] = y[t] * scale + bias;
+      }
+      finish_lanes<T, whole>(e, row, pixel, channel, y, n);
+    }
+  };
+  Floats y[8], one[1];
+  some(y, std::integral_constant<int, 8>{});
+  some(one, std::integral_constant<int, 1>{});
 }
 
 // At most four channels, as in an image: four pixels at once.
@@ -57,7 +70,7 @@ void narrow(const EpilogueArgs& a, int64_t row, int64_t first, int64_t last) {
     load(added, other);
     if (e.scale) y = y * scale + bias;
     if (residual) y += added;
-    clamp(y, e);
+    clamp(y, e.low, e.high);
     if (e.values) put(e.values + row * e.pixels * e.channels, pixel, pixels, y);
     for (int64_t c = e.child_begin[row]; c < e.child_begin[row + 1]; ++c) {
       const Child& child = e.children[c];
@@ -84,16 +97,13 @@ void moments_of(const EpilogueArgs& a, int64_t row, int64_t first, int64_t last,
   const int64_t channels = a.epilogue.channels;
   const int n = static_cast<int>(std::min<int64_t>(kLanes, channels - channel));
   const float* x = values_of(a, row) + channel;
-  Doubles sum{}, square{};
+  Moments moments{};
   for (int64_t pixel = first; pixel < last; ++pixel) {
-    Floats value{};
-    copy_channels<4>(&value, x + pixel * channels, n);
-    const Doubles exact = __builtin_convertvector(value, Doubles);
-    sum += exact;
-    square += exact * exact;
+    Floats value;
+    n == kLanes ? load_lanes<true>(value, x + pixel * channels, n) : load_lanes<false>(value, x + pixel * channels, n);
+    moments.add(value);
   }
-  std::memcpy(to + channel, &sum, n * sizeof(double));
-  std::memcpy(to + channels + channel, &square, n * sizeof(double));
+  moments.store(to + channel, to + channels + channel, n);
 }
 
 }  // namespace
@@ -120,7 +130,9 @@ void coalition_epilogue(const EpilogueArgs& a, int64_t first_unit, int64_t last_
       narrow(a, row, first, last);
       continue;
     }
-    for (int64_t channel = 0; channel < e.channels; channel += kLanes) block(a, row, first, last, channel);
+    int64_t channel = 0;
+    for (; channel + kLanes <= e.channels; channel += kLanes) block<true>(a, row, first, last, channel);
+    if (channel < e.channels) block<false>(a, row, first, last, channel);
   }
 }
 

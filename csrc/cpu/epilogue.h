@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -14,28 +15,74 @@ namespace {
 
 constexpr int kLanes = 16;  // output channels that are computed together
 using Floats = float __attribute__((vector_size(kLanes * sizeof(float))));
-using Doubles = double __attribute__((vector_size(kLanes * sizeof(double))));
+using Doubles = double __attribute__((vector_size(kLanes / 2 * sizeof(double))));
 using Ints = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
 using Shorts = int16_t __attribute__((vector_size(kLanes * sizeof(int16_t))));
 using Bytes = uint8_t __attribute__((vector_size(kLanes)));
 
+#define SMPQ_INLINE inline __attribute__((always_inline))
+
 template <class V>
-inline void load(V& v, const void* from) {  // no vector is returned: its ABI differs between instruction sets
+SMPQ_INLINE void load(V& v, const void* from) {  // no vector is returned: its ABI differs between instruction sets
   std::memcpy(&v, from, sizeof v);
 }
 
-inline void clamp(Floats& y, const Epilogue& e) {
-  y = y < e.low ? Floats{} + e.low : y;  // NaN stays
-  y = y > e.high ? Floats{} + e.high : y;
+// The first n lanes, most often all of them; the others are left, or become 0 where they are loaded.
+template <bool whole>
+SMPQ_INLINE void load_lanes(Floats& v, const float* from, [[maybe_unused]] int n) {
+  if constexpr (whole) {
+    std::memcpy(&v, from, sizeof v);
+  } else {
+#if defined(__AVX512F__)
+    reinterpret_cast<__m512&>(v) = _mm512_maskz_loadu_ps((1u << n) - 1, from);
+#else
+    v = Floats{};
+    for (int k = 0; k < n; ++k) v[k] = from[k];
+#endif
+  }
+}
+template <bool whole>
+SMPQ_INLINE void store_lanes(float* to, const Floats& v, [[maybe_unused]] int n) {
+  if constexpr (whole) {
+    std::memcpy(to, &v, sizeof v);
+  } else {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(to, (1u << n) - 1, reinterpret_cast<const __m512&>(v));
+#else
+    for (int k = 0; k < n; ++k) to[k] = v[k];
+#endif
+  }
 }
 
-inline void quantize(Bytes& codes, const Floats& y, const Child& child) {
-  Floats steps = y * child.inv_scale;
-  steps = steps >= child.low ? steps : Floats{} + child.low;
-  steps = steps <= child.high ? steps : Floats{} + child.high;
-  // rint: adding and taking away 1.5 * 2^23 leaves an integer, half to even.
-  steps = (steps + 12582912.0f) - 12582912.0f + child.zero_point;
-  const Ints whole = __builtin_convertvector(steps, Ints);
+// No less than `low`, no more than `high`; NaN stays.
+SMPQ_INLINE void clamp(Floats& y, float low, float high) {
+#if defined(__AVX512F__)  // the instructions give their second operand where one is NaN
+  auto& v = reinterpret_cast<__m512&>(y);
+  v = _mm512_maskz_min_ps(0xffff, _mm512_set1_ps(high), _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(low), v));
+#else
+  y = y < low ? Floats{} + low : y;
+  y = y > high ? Floats{} + high : y;
+#endif
+}
+
+// The same, NaN becoming `low`, rounded half to even: within 2^22.
+SMPQ_INLINE void whole_steps(Ints& whole, const Floats& steps, float low, float high) {
+#if defined(__AVX512F__)
+  const __m512 above = _mm512_maskz_max_ps(0xffff, reinterpret_cast<const __m512&>(steps), _mm512_set1_ps(low));
+  const __m512 inside = _mm512_maskz_min_ps(0xffff, above, _mm512_set1_ps(high));
+  reinterpret_cast<__m512i&>(whole) = _mm512_maskz_cvtps_epi32(0xffff, inside);
+#else
+  Floats inside = steps >= low ? steps : Floats{} + low;
+  inside = inside <= high ? inside : Floats{} + high;
+  // rint: adding and taking away 1.5 * 2^23 leaves an integer.
+  whole = __builtin_convertvector((inside + 12582912.0f) - 12582912.0f, Ints);
+#endif
+}
+
+SMPQ_INLINE void quantize(Bytes& codes, const Floats& y, const Child& child) {
+  Ints whole;
+  whole_steps(whole, y * child.inv_scale, child.low, child.high);
+  whole += static_cast<int32_t>(child.zero_point);
 #if defined(__AVX512F__)
   // One instruction, of which the compiler makes several; the form without a mask warns in gcc 12.
   const __m128i narrow = _mm512_maskz_cvtepi32_epi8(0xffff, reinterpret_cast<const __m512i&>(whole));
@@ -46,25 +93,24 @@ inline void quantize(Bytes& codes, const Floats& y, const Child& child) {
 }
 
 // A mixture of widths, added in the order of its candidates.
-inline void mix(Floats& mixed, const Floats& y, const Child& child) {
+SMPQ_INLINE void mix(Floats& mixed, const Floats& y, const Child& child) {
   mixed = Floats{};
   for (int64_t k = 0; k < child.count; ++k) {
     const Candidate& c = child.candidates[k];
     Floats steps = y * c.inv_scale;
-    steps = steps < c.low ? Floats{} + c.low : steps;  // NaN stays
-    steps = steps > c.high ? Floats{} + c.high : steps;
-    const Floats term = ((steps + 12582912.0f) - 12582912.0f) * c.scale * c.share;
+    clamp(steps, c.low, c.high);
+    steps = (steps + 12582912.0f) - 12582912.0f;  // as in whole_steps
+    const Floats term = steps * c.scale * c.share;
     mixed = k ? mixed + term : term;
   }
 }
 
 // A mixture as whole numbers, within 16 bits.
-inline void fix(Shorts& fixed, const Floats& y, const Child& child) {
+SMPQ_INLINE void fix(Shorts& fixed, const Floats& y, const Child& child) {
   Floats mixed;
   mix(mixed, y, child);
-  mixed = mixed >= -32767.0f ? mixed : Floats{} - 32767.0f;  // also NaN
-  mixed = mixed <= 32767.0f ? mixed : Floats{} + 32767.0f;
-  const Ints whole = __builtin_convertvector((mixed + 12582912.0f) - 12582912.0f, Ints);
+  Ints whole;
+  whole_steps(whole, mixed, -32767.0f, 32767.0f);
 #if defined(__AVX512F__)
   const __m256i narrow = _mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<const __m512i&>(whole));
   std::memcpy(&fixed, &narrow, sizeof fixed);
@@ -73,58 +119,99 @@ inline void fix(Shorts& fixed, const Floats& y, const Child& child) {
 #endif
 }
 
-// The floats of `n` channels, most often all of 4 * quads: a copy of a size that the compiler knows is no call.
-template <int quads>
-inline __attribute__((always_inline)) void copy_channels(void* to, const void* from, int n) {
-  std::memcpy(to, from, n == 4 * quads ? 4 * quads * sizeof(float) : n * sizeof(float));
-}
-
-template <int quads>
-inline __attribute__((always_inline)) void finish_quads(const Epilogue& e, int64_t row, int64_t pixel, int64_t channel,
-                                                        const Floats& product, int n) {
-  Floats y = product;
-  if (e.residual) {
-    Floats other{};
-    copy_channels<quads>(&other, e.residual + (e.residual_row[row] * e.pixels + pixel) * e.channels + channel, n);
-    y += other;
-  }
-  clamp(y, e);
-  if (e.values) copy_channels<quads>(e.values + (row * e.pixels + pixel) * e.channels + channel, &y, n);
-  for (int64_t c = e.child_begin[row]; c < e.child_begin[row + 1]; ++c) {
-    const Child& child = e.children[c];
-    if (child.codes) {
-      Bytes codes;
-      quantize(codes, y, child);
-      if (n < kLanes) codes &= Bytes{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} < static_cast<uint8_t>(n);
-      std::memcpy(child.codes + pixel * e.code_channels + channel, &codes, 4 * quads);
-    } else if (child.fixed) {
-      Shorts fixed;
-      fix(fixed, y, child);
-      if (n < kLanes) fixed &= Shorts{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} < static_cast<int16_t>(n);
-      std::memcpy(child.fixed + pixel * e.code_channels + channel, &fixed, 4 * quads * sizeof(int16_t));
-    } else {
-      Floats mixed;
-      mix(mixed, y, child);
-      copy_channels<quads>(child.mixed + pixel * e.channels + channel, &mixed, n);
+// Codes or whole numbers of n channels, those up to the next multiple of four being 0.
+template <bool whole, class V>
+SMPQ_INLINE void store_whole(void* to, V& v, [[maybe_unused]] int n) {
+  if constexpr (whole) {
+    std::memcpy(to, &v, sizeof v);
+  } else {
+    using Item = std::remove_reference_t<decltype(v[0])>;
+    v &= V{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} < static_cast<Item>(n);
+    const int quads = (n + 3) / 4;
+    for (int k = 0; k < quads; ++k) {
+      std::memcpy(static_cast<Item*>(to) + 4 * k, reinterpret_cast<const char*>(&v) + 4 * k * sizeof(Item),
+                  4 * sizeof(Item));
     }
   }
 }
 
-// Up to 16 channels of one pixel, from `channel` on.
-inline __attribute__((always_inline)) void finish(const Epilogue& e, int64_t row, int64_t pixel, int64_t channel,
-                                                  const Floats& product) {
-  const int n = static_cast<int>(e.channels - channel);
-  if (n >= kLanes) return finish_quads<4>(e, row, pixel, channel, product, kLanes);
-  switch ((n + 3) / 4) {
-    case 1:
-      return finish_quads<1>(e, row, pixel, channel, product, n);
-    case 2:
-      return finish_quads<2>(e, row, pixel, channel, product, n);
-    case 3:
-      return finish_quads<3>(e, row, pixel, channel, product, n);
-    default:
-      return finish_quads<4>(e, row, pixel, channel, product, n);
+template <int T, bool whole>
+SMPQ_INLINE void finish_lanes(const Epilogue& e, int64_t row, int64_t pixel, int64_t channel, Floats (&y)[T], int n) {
+  const int64_t channels = e.channels, code_channels = e.code_channels;
+  if (e.residual) {
+    const float* from = e.residual + (e.residual_row[row] * e.pixels + pixel) * channels + channel;
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) {
+      Floats other;
+      load_lanes<whole>(other, from + t * channels, n);
+      y[t] += other;
+    }
   }
+  const float low = e.low, high = e.high;
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) clamp(y[t], low, high);
+  if (e.values) {
+    float* to = e.values + (row * e.pixels + pixel) * channels + channel;
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) store_lanes<whole>(to + t * channels, y[t], n);
+  }
+  const int64_t last = e.child_begin[row + 1];
+  for (int64_t c = e.child_begin[row]; c < last; ++c) {
+    const Child child = e.children[c];
+    if (child.codes) {
+      uint8_t* to = child.codes + pixel * code_channels + channel;
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t) {
+        Bytes codes;
+        quantize(codes, y[t], child);
+        store_whole<whole>(to + t * code_channels, codes, n);
+      }
+    } else if (child.fixed) {
+      int16_t* to = child.fixed + pixel * code_channels + channel;
+      for (int t = 0; t < T; ++t) {
+        Shorts fixed;
+        fix(fixed, y[t], child);
+        store_whole<whole>(to + t * code_channels, fixed, n);
+      }
+    } else {
+      float* to = child.mixed + pixel * channels + channel;
+      for (int t = 0; t < T; ++t) {
+        Floats mixed;
+        mix(mixed, y[t], child);
+        store_lanes<whole>(to + t * channels, mixed, n);
+      }
+    }
+  }
+}
+
+// Sums and sums of squares of 16 channels, exact up to 2^53.
+struct Moments {
+  Doubles sum[2], square[2];
+
+  template <class V>
+  SMPQ_INLINE void add(const V& values) {
+    const auto low = __builtin_shufflevector(values, values, 0, 1, 2, 3, 4, 5, 6, 7);
+    const auto high = __builtin_shufflevector(values, values, 8, 9, 10, 11, 12, 13, 14, 15);
+    add_half(0, __builtin_convertvector(low, Doubles));
+    add_half(1, __builtin_convertvector(high, Doubles));
+  }
+  SMPQ_INLINE void add_half(int half, const Doubles& exact) {
+    sum[half] += exact;
+    square[half] += exact * exact;
+  }
+  SMPQ_INLINE void store(double* sums, double* squares, int n) const {
+    std::memcpy(sums, sum, n * sizeof(double));
+    std::memcpy(squares, square, n * sizeof(double));
+  }
+};
+
+// Up to 16 channels, from `channel` on, of T pixels, from `pixel` on. What it takes of the arguments is read once for
+// all of them: a code that is stored could, for all that the compiler knows, change any argument.
+template <int T>
+SMPQ_INLINE void finish(const Epilogue& e, int64_t row, int64_t pixel, int64_t channel, Floats (&y)[T]) {
+  const int64_t n = e.channels - channel;
+  n >= kLanes ? finish_lanes<T, true>(e, row, pixel, channel, y, kLanes)
+              : finish_lanes<T, false>(e, row, pixel, channel, y, static_cast<int>(n));
 }
 
 }  // namespace
