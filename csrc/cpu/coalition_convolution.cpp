@@ -37,20 +37,25 @@ struct Image {
   int64_t line;         // elements from one row of pixels to the next
   const int64_t* taps;  // offsets of the kernel's positions
   int64_t tap_count;
+  const int64_t* runs;  // offsets of `run` times `together` channels, tap by tap
+  int64_t run_count;
+  int run;  // kRun, or 1 where the channels are no multiple of that
 };
+
+constexpr int kRun = 4;
 
 // Calls f(offset, group) for every `together` channels of every tap: where they are in x, and in a block of weights.
 template <int together, class X, class F>
-inline __attribute__((always_inline)) void for_each_group(int64_t channels, const Image<X>& image, F&& f) {
-  int64_t group = 0;
-  for (int64_t k = 0; k < image.tap_count; ++k) {
-    int64_t offset = image.taps[k];
-    const int64_t end = offset + channels;
-    for (; offset + 4 * together <= end; offset += 4 * together, group += 4) {
+SMPQ_INLINE void for_each_group(const Image<X>& image, F&& f) {
+  const int64_t count = image.run_count;
+  const int64_t* const runs = image.runs;
+  if (image.run == kRun) {
+    for (int64_t k = 0; k < count; ++k) {
 #pragma GCC unroll 4
-      for (int u = 0; u < 4; ++u) f(offset + u * together, group + u);
+      for (int u = 0; u < kRun; ++u) f(runs[k] + u * together, k * kRun + u);
     }
-    for (; offset < end; offset += together, ++group) f(offset, group);
+  } else {
+    for (int64_t k = 0; k < count; ++k) f(runs[k], k);
   }
 }
 
@@ -67,7 +72,7 @@ SMPQ_INLINE void multiply(const ConvolutionArgs<uint8_t>& a, const uint8_t* x, i
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t) sum[t][o] = _mm512_loadu_si512(start + o * kLanes);
   }
-  for_each_group<4>(a.channels, image, [&](int64_t offset, int64_t group) __attribute__((always_inline)) {
+  for_each_group<4>(image, [&](int64_t offset, int64_t group) __attribute__((always_inline)) {
     __m512i w[blocks];
 #pragma GCC unroll 4
     for (int o = 0; o < blocks; ++o) w[o] = _mm512_loadu_si512(weight + o * panel + group * 4 * kLanes);
@@ -119,7 +124,7 @@ SMPQ_INLINE void multiply(const ConvolutionArgs<float>& a, const float* x, int64
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t) sum[t][o] = _mm512_loadu_ps(start + o * kLanes);
   }
-  for_each_group<1>(a.channels, image, [&](int64_t offset, int64_t group) __attribute__((always_inline)) {
+  for_each_group<1>(image, [&](int64_t offset, int64_t group) __attribute__((always_inline)) {
     __m512 w[blocks];
 #pragma GCC unroll 4
     for (int o = 0; o < blocks; ++o) w[o] = _mm512_loadu_ps(weight + o * panel + group * kLanes);
@@ -166,7 +171,7 @@ SMPQ_INLINE void multiply(const ConvolutionArgs<int16_t>& a, const int16_t* x, i
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t) sum[t][o] = _mm512_loadu_si512(start + o * kLanes);
   }
-  for_each_group<2>(a.channels, image, [&](int64_t offset, int64_t group) __attribute__((always_inline)) {
+  for_each_group<2>(image, [&](int64_t offset, int64_t group) __attribute__((always_inline)) {
     __m512i w[blocks];
 #pragma GCC unroll 4
     for (int o = 0; o < blocks; ++o) w[o] = _mm512_loadu_si512(weight + o * panel + group * 2 * kLanes);
@@ -187,7 +192,7 @@ SMPQ_INLINE void multiply(const ConvolutionArgs<int16_t>& a, const int16_t* x, i
 #else
   int32_t sum[T][blocks * kLanes];
   for (int t = 0; t < T; ++t) std::copy(start, start + blocks * kLanes, sum[t]);
-  for_each_group<2>(a.channels, image, [&](int64_t offset, int64_t group) {
+  for_each_group<2>(image, [&](int64_t offset, int64_t group) {
     for (int t = 0; t < T; ++t) {
       const int16_t* two = x + offset + t * step;
       for (int o = 0; o < blocks; ++o) {
@@ -366,42 +371,43 @@ void channels(const ConvolutionArgs<X>& a, const Image<X>& image, int64_t row, i
 
 // One image, in `padded` where the border is needed.
 template <class X>
-Image<X> frame(const ConvolutionArgs<X>& a, int64_t parent, int64_t sample, X* padded, int64_t* taps) {
+const X* framed(const ConvolutionArgs<X>& a, int64_t parent, int64_t sample, X* padded, int64_t padded_line) {
   const int64_t line = a.width * a.channels;
   const X* source = a.x + (parent * a.samples + sample) * a.height * line;
-  Image<X> image{source, line, taps, a.kernel[0] * a.kernel[1]};
-  if (padded) {
-    image.x = padded;
-    image.line = (a.width + a.before[1] + a.after[1]) * a.channels;
-    const int64_t before = a.before[0] * image.line + a.before[1] * a.channels;
-    std::fill_n(padded, (a.height + a.before[0] + a.after[0]) * image.line, a.padding[parent]);
-    for (int64_t y = 0; y < a.height; ++y) {
-      std::memcpy(padded + before + y * image.line, source + y * line, line * sizeof(X));
-    }
-  }
-  for (int64_t ky = 0; ky < a.kernel[0]; ++ky) {
-    for (int64_t kx = 0; kx < a.kernel[1]; ++kx) {
-      *taps++ = ky * a.dilation[0] * image.line + kx * a.dilation[1] * a.channels;
-    }
-  }
-  return image;
+  if (!padded) return source;
+  std::fill_n(padded, (a.height + a.before[0] + a.after[0]) * padded_line, a.padding[parent]);
+  X* to = padded + a.before[0] * padded_line + a.before[1] * a.channels;
+  for (int64_t y = 0; y < a.height; ++y) std::memcpy(to + y * padded_line, source + y * line, line * sizeof(X));
+  return padded;
 }
 
 }  // namespace
 
 template <class X>
 void coalition_convolution(const ConvolutionArgs<X>& a, int64_t first_image, int64_t last_image) {
+  constexpr int64_t together = Multiplied<X>::together;
   // Depthwise blocks of 16 channels read past the last pixel where the channels are no multiple of 16.
   const int64_t beyond = a.depthwise && a.channels % kLanes ? kLanes : 0;
   const int64_t height = a.height + a.before[0] + a.after[0], width = a.width + a.before[1] + a.after[1];
   const int64_t size = height * width * a.channels + beyond;
-  const Buffer<X> padded(size);
-  const Buffer<int64_t> taps(a.kernel[0] * a.kernel[1]);
   const bool copied = height > a.height || width > a.width || beyond;
+  const Buffer<X> padded(copied ? size : 0);
   if (beyond) std::memset(padded.data(), 0, size * sizeof(X));
+  const int64_t line = width * a.channels, tap_count = a.kernel[0] * a.kernel[1];
+  const int run = a.channels % (kRun * together) ? 1 : kRun;
+  const Buffer<int64_t> taps(tap_count), runs(tap_count * (a.channels / (run * together)));
+  int64_t *tap = taps.data(), *next = runs.data();
+  for (int64_t ky = 0; ky < a.kernel[0]; ++ky) {
+    for (int64_t kx = 0; kx < a.kernel[1]; ++kx) {
+      *tap = ky * a.dilation[0] * line + kx * a.dilation[1] * a.channels;
+      for (int64_t c = 0; c < a.channels; c += run * together) *next++ = *tap + c;
+      ++tap;
+    }
+  }
+  Image<X> image{nullptr, line, taps.data(), tap_count, runs.data(), next - runs.data(), run};
   for (int64_t unit = first_image; unit < last_image; ++unit) {
     const int64_t row = unit / a.samples, sample = unit % a.samples;
-    const Image<X> image = frame(a, a.parent[row], sample, copied ? padded.data() : nullptr, taps.data());
+    image.x = framed(a, a.parent[row], sample, copied ? padded.data() : nullptr, line);
     int64_t block = 0;
     if (!a.depthwise) {
       if (!std::is_same_v<X, float>) channels<4, 4>(a, image, row, sample, block);
