@@ -222,6 +222,19 @@ struct ConvolutionArgs {
   int64_t first_row;
 };
 
+// Attention with a tensor of its own rows for each of queries, keys and values: row r is that of query row q_row[r],
+// key row k_row[r] and value row v_row[r]. Strides in elements, of samples, heads and tokens; the last dimension is
+// dense.
+struct AttentionArgs {
+  const float *q, *k, *v;                // [its rows * samples, heads, tokens, size]
+  const int64_t *q_row, *k_row, *v_row;  // [rows]
+  int64_t q_stride[3], k_stride[3], v_stride[3];
+  float* out;  // [rows, samples, queries, heads, value_size]
+  int64_t rows, samples, heads, queries, keys, size, value_size;
+  float scale;
+  bool causal;  // query i sees keys up to i
+};
+
 namespace cpu {
 
 enum class Isa { baseline, avx2, avx512 };
@@ -243,6 +256,7 @@ const char* isa_name();
   template <class X>                                                                                               \
   void coalition_convolution(const ConvolutionArgs<X>&, int64_t first_image, int64_t last_image);                  \
   void coalition_epilogue(const EpilogueArgs&, int64_t first_unit, int64_t last_unit);                             \
+  void coalition_attention(const AttentionArgs&, int64_t first_head, int64_t last_head);                           \
   /* units: from first_row on; moments: [units, 2, channels], sums and sums of squares of the values */            \
   void coalition_moments(const EpilogueArgs&, double* moments, int64_t first_unit, int64_t last_unit);             \
   }

@@ -1,31 +1,13 @@
 // coalition_convolution on the CPU. Compiled once per instruction set, into the namespace SMPQ_ISA.
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <type_traits>
 
-#include "../kernels.h"
+#include "buffer.h"
 #include "epilogue.h"
 
 namespace smpq::cpu::SMPQ_ISA {
 namespace {
-
-// Memory of this file's own: a container's code, compiled here for one instruction set, could end up in all of them.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) : memory_(static_cast<T*>(std::malloc(std::max<int64_t>(count, 1) * sizeof(T)))) {
-    if (!memory_) throw std::bad_alloc();
-  }
-  ~Buffer() { std::free(memory_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* data() const { return memory_; }
-
- private:
-  T* memory_;
-};
 
 template <class X>
 using Vector = std::conditional_t<std::is_same_v<X, float>, Floats, Ints>;  // of sums

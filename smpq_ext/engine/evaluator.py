@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import smpq_ext
 from smpq_ext import ops
 from smpq_ext.core import Assignments, Grid, Mixtures, SmpqError, Values
-from smpq_ext.engine import grids, losses, samples
+from smpq_ext.engine import attention, grids, losses, samples
 from smpq_ext.engine.capture import Graph, Uncapturable, capture
 from smpq_ext.engine.executor import MERGE, Executor, Meter, free_memory
 from smpq_ext.engine.fixed_point import FixedLayer
@@ -35,7 +35,7 @@ from smpq_ext.engine.space import candidates, make_space
 
 # Bytes of the largest activation of one forward on a CPU: beyond it, it waits for memory. In lockstep more rows are
 # worth more than that: they share what comes before they part (docs/performance.md).
-CACHE, LOCKSTEP = 4 << 20, 32 << 20
+CACHE, LOCKSTEP = 4 << 20, 128 << 20
 
 
 def evaluator(
@@ -412,6 +412,7 @@ class TorchEvaluator:
             with _Loaded(self, rows, assigned=False):
                 same = _close(executor.forward(batch, 0, few), swapped)
             lockstep.integer, lockstep.floating = self._fusions(graph)
+            lockstep.attentions = attention.find(graph) if self.device.type == "cpu" else {}
             same = same and agrees(False) and agrees(True)
             why = "gives other values"
         except Exception as error:

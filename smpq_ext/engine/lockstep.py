@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map, tree_unflatten
 
 from smpq_ext import _C
+from smpq_ext.engine.attention import Attention
 from smpq_ext.engine.capture import Graph, Value, fill, leaves
 from smpq_ext.engine.fusion import Call, Fused, Fusion
 from smpq_ext.engine.samples import take_rows
@@ -44,13 +45,15 @@ class Lockstep:
     """All coalitions advance together, step by step, [rows * samples, ...]; descendants index into their ancestors.
 
     Layers and norms are the objects of the executor that swaps modules, so both give the same values. `integer` runs
-    assignments, and `floating` mixtures, in fused calls; None: layer by layer.
+    assignments, and `floating` mixtures, in fused calls; None: layer by layer. `attentions`: by their step, those that
+    gather nothing. Without these three, values are those of the swapped modules but for the order of additions.
     """
 
     def __init__(self, graph: Graph, layers: list[QuantizedLayer], norms: Mapping[str, RowNorm]) -> None:
         self.graph, self.layers, self.norms = graph, layers, norms
         self.integer: Fusion | None = None
         self.floating: Fusion | None = None
+        self.attentions: Mapping[int, Attention] = {}
         self.rows: list[_Rows] = []
         self._descent: dict[tuple[int, int], Tensor | None] = {}
         self._fusion: Fusion | None = None  # of the rows that are loaded
@@ -58,6 +61,7 @@ class Lockstep:
         self._calls: dict[int, Call] = {}  # of the fused steps, by the last one
         self._children: dict[int, _Children] = {}  # of the fused calls, by their step
         self._quantized: dict[int, _Children] = {}  # of floating values
+        self._attended: dict[int, tuple[Tensor, ...]] = {}  # the rows of the operands of `attentions`
         self._frees = graph.frees({k: step.operands for k, step in enumerate(graph.steps)})
 
     @property
@@ -83,6 +87,10 @@ class Lockstep:
         given = choices if assigned is None else assigned
         table = np.stack([given[name] for name in self.graph.columns], axis=1).astype(np.int32)
         self.rows = [_Rows(*found) for found in _C.plan(self.graph.places, table)]
+        self._attended = {
+            i: tuple(self._row_of(self._place(k), self._place(i)) for k in found.operands)
+            for i, found in self.attentions.items()
+        }
         fusion = self._fusion = self.floating if assigned is None or self.integer is None else self.integer
         if fusion is None:
             return
@@ -107,7 +115,7 @@ class Lockstep:
 
     def unload(self) -> None:
         self._fusion, self._codes, self.rows = None, False, []
-        self._descent, self._calls, self._children, self._quantized = {}, {}, {}, {}
+        self._descent, self._attended, self._calls, self._children, self._quantized = {}, {}, {}, {}, {}
 
     def __call__(self, inputs: Any, samples: int) -> Any:
         """The outputs for the inputs of one row, [n * samples, ...], n coalitions being loaded."""
@@ -122,6 +130,8 @@ class Lockstep:
             count = len(self.rows[step.place].coalition)
             if k in self._calls:
                 values[k] = self._fused(k, values, taken)
+            elif k in self.attentions:
+                values[k] = self.attentions[k](values, self._attended[k], samples)
             elif step.layer is not None:
                 values[k] = self._layer(step.layer, values[step.operands[0]], step.operands[0], step.place)
             else:

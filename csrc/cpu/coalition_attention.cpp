@@ -1,0 +1,182 @@
+// coalition_attention on the CPU, one head of one sample of one row at a time: the scores of 32 queries stay in the
+// nearest cache, from which they are weighed. Compiled once per instruction set, into the namespace SMPQ_ISA.
+#include <algorithm>
+#include <limits>
+
+#include "buffer.h"
+#include "epilogue.h"
+
+namespace smpq::cpu::SMPQ_ISA {
+namespace {
+
+constexpr int kVectors = 2, kQueries = kVectors * kLanes;  // together
+constexpr int kStep = 8;                                   // keys, or entries of a value, together
+
+SMPQ_INLINE void multiply_add(Floats& sum, const Floats& a, float b) {
+#if defined(__AVX512F__)
+  auto& v = reinterpret_cast<__m512&>(sum);
+  v = _mm512_fmadd_ps(reinterpret_cast<const __m512&>(a), _mm512_set1_ps(b), v);
+#else
+  sum += a * b;
+#endif
+}
+
+// exp(x) for x <= 0 within 2 units of the last place; 0 below -87, where it would be denormal; NaN stays. Reduction and
+// polynomial are those of Cephes' expf.
+SMPQ_INLINE void exponential(Floats& x) {
+  const Floats whole = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
+  const Floats r = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
+  Floats y = Floats{} + 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  const Floats bounded = whole >= -126.0f ? whole : Floats{} - 126.0f;  // also NaN, which stays in y
+  const Ints power = (__builtin_convertvector(bounded, Ints) + 127) << 23;
+  Floats factor;
+  load(factor, &power);
+  x = x < -87.0f ? Floats{} : y * factor;
+}
+
+// The memory of one head.
+struct Head {
+  const AttentionArgs& a;
+  const int64_t keys;        // up to a multiple of kStep
+  const int64_t value_size;  // likewise
+  const Buffer<float> k, v, q, scores, out;
+
+  explicit Head(const AttentionArgs& args)
+      : a(args),
+        keys((a.keys + kStep - 1) / kStep * kStep),
+        value_size((a.value_size + kStep - 1) / kStep * kStep),
+        k(keys * a.size),
+        v(a.keys * value_size),
+        q(a.size * kQueries),
+        scores(keys * kQueries),
+        out(value_size * kQueries) {}
+};
+
+// Keys [keys / kStep, size, kStep] and values [keys, value_size], zeros where none are.
+void gather(const Head& h, const float* k, const float* v) {
+  const AttentionArgs& a = h.a;
+  for (int64_t key = 0; key < h.keys; ++key) {
+    float* to = h.k.data() + key / kStep * a.size * kStep + key % kStep;
+    for (int64_t d = 0; d < a.size; ++d) to[d * kStep] = key < a.keys ? k[key * a.k_stride[2] + d] : 0.0f;
+  }
+  for (int64_t key = 0; key < a.keys; ++key) {
+    float* to = h.v.data() + key * h.value_size;
+    std::fill(std::copy_n(v + key * a.v_stride[2], a.value_size, to), to + h.value_size, 0.0f);
+  }
+}
+
+// The scores of all queries with keys [0, count), and the largest of each.
+SMPQ_INLINE void score(const Head& h, int64_t first_query, int64_t count, Floats (&largest)[kVectors]) {
+  const AttentionArgs& a = h.a;
+  constexpr float kNever = -std::numeric_limits<float>::infinity();
+  for (Floats& m : largest) m = Floats{} + kNever;
+  const Floats lanes{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int64_t key = 0; key < count; key += kStep) {
+    Floats sum[kStep][kVectors] = {};
+    const float* k = h.k.data() + key * a.size;
+    for (int64_t d = 0; d < a.size; ++d) {
+      Floats q[kVectors];
+#pragma GCC unroll 2
+      for (int n = 0; n < kVectors; ++n) load(q[n], h.q.data() + d * kQueries + n * kLanes);
+#pragma GCC unroll 8
+      for (int j = 0; j < kStep; ++j) {
+#pragma GCC unroll 2
+        for (int n = 0; n < kVectors; ++n) multiply_add(sum[j][n], q[n], k[d * kStep + j]);
+      }
+    }
+    const bool all = key + kStep <= a.keys && (!a.causal || key + kStep <= first_query + 1);
+#pragma GCC unroll 8
+    for (int j = 0; j < kStep; ++j) {
+#pragma GCC unroll 2
+      for (int n = 0; n < kVectors; ++n) {
+        Floats s = sum[j][n];
+        if (!all) {
+          const auto before = static_cast<float>(key + j - first_query - n * kLanes);  // queries from here on see it
+          if (a.causal) s = lanes >= before ? s : Floats{} + kNever;
+          if (key + j >= a.keys) s = Floats{} + kNever;
+        }
+        largest[n] = largest[n] > s ? largest[n] : s;  // also NaN
+        std::memcpy(h.scores.data() + (key + j) * kQueries + n * kLanes, &s, sizeof s);
+      }
+    }
+  }
+}
+
+// out = softmax(scores) * v
+SMPQ_INLINE void weigh(const Head& h, int64_t count, const Floats (&largest)[kVectors]) {
+  Floats total[kVectors] = {};
+  for (int64_t key = 0; key < count; ++key) {
+#pragma GCC unroll 2
+    for (int n = 0; n < kVectors; ++n) {
+      float* at = h.scores.data() + key * kQueries + n * kLanes;
+      Floats s;
+      load(s, at);
+      s -= largest[n];
+      exponential(s);
+      total[n] += s;
+      std::memcpy(at, &s, sizeof s);
+    }
+  }
+  for (int64_t first = 0; first < h.value_size; first += kStep) {
+    Floats sum[kStep][kVectors] = {};
+    const int64_t there = std::min(count, h.a.keys);
+    for (int64_t key = 0; key < there; ++key) {
+      const float* v = h.v.data() + key * h.value_size + first;
+      Floats p[kVectors];
+#pragma GCC unroll 2
+      for (int n = 0; n < kVectors; ++n) load(p[n], h.scores.data() + key * kQueries + n * kLanes);
+#pragma GCC unroll 8
+      for (int j = 0; j < kStep; ++j) {
+#pragma GCC unroll 2
+        for (int n = 0; n < kVectors; ++n) multiply_add(sum[j][n], p[n], v[j]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < kStep; ++j) {
+#pragma GCC unroll 2
+      for (int n = 0; n < kVectors; ++n) {
+        const Floats y = sum[j][n] / total[n];
+        std::memcpy(h.out.data() + (first + j) * kQueries + n * kLanes, &y, sizeof y);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void coalition_attention(const AttentionArgs& a, int64_t first_head, int64_t last_head) {
+  const Head h(a);
+  for (int64_t unit = first_head; unit < last_head; ++unit) {
+    const int64_t head = unit % a.heads, sample = unit / a.heads % a.samples, row = unit / a.heads / a.samples;
+    const auto start = [&](const float* x, const int64_t* rows, const int64_t* stride) {
+      return x + (rows[row] * a.samples + sample) * stride[0] + head * stride[1];
+    };
+    const float* q = start(a.q, a.q_row, a.q_stride);
+    gather(h, start(a.k, a.k_row, a.k_stride), start(a.v, a.v_row, a.v_stride));
+    float* out = a.out + ((row * a.samples + sample) * a.queries * a.heads + head) * a.value_size;
+    for (int64_t first = 0; first < a.queries; first += kQueries) {
+      const int64_t there = std::min<int64_t>(kQueries, a.queries - first);
+      for (int64_t i = 0; i < kQueries; ++i) {
+        const float* from = q + (first + i) * a.q_stride[2];
+        for (int64_t d = 0; d < a.size; ++d) h.q.data()[d * kQueries + i] = i < there ? from[d] * a.scale : 0.0f;
+      }
+      const int64_t seen = a.causal ? std::min(a.keys, first + kQueries) : a.keys;
+      const int64_t count = (seen + kStep - 1) / kStep * kStep;
+      Floats largest[kVectors];
+      score(h, first, count, largest);
+      weigh(h, count, largest);
+      for (int64_t i = 0; i < there; ++i) {
+        float* to = out + (first + i) * a.heads * a.value_size;
+        for (int64_t d = 0; d < a.value_size; ++d) to[d] = h.out.data()[d * kQueries + i];
+      }
+    }
+  }
+}
+
+}  // namespace smpq::cpu::SMPQ_ISA
