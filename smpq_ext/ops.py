@@ -24,7 +24,7 @@ OPS = (
     "quantization_error",
 )
 WIDEST = 1 << 16  # no code is beyond, of either sign
-INTEGER_OPS = ("coalition_convolution", "coalition_epilogue")  # the engine's, on the CPU
+ENGINE_OPS = ("coalition_convolution", "coalition_epilogue", "coalition_attention")
 
 try:
     from smpq_ext import _C  # noqa: F401 - registers torch.ops.smpq.*
@@ -39,7 +39,7 @@ except ImportError as error:
         stacklevel=2,
     )
     _fallback = torch.library.Library("smpq", "DEF")
-    for _name in (*OPS, *INTEGER_OPS):
+    for _name in (*OPS, *ENGINE_OPS):
         _function = getattr(reference, _name)
         _fallback.define(_name + torch.library.infer_schema(_function, mutates_args=()))
         _fallback.impl(_name, _function, "CPU")
@@ -384,6 +384,11 @@ def _(x, padding, weight, start, parent, variant, scale, bias, norm, eps, *rest)
 @torch.library.register_fake("smpq::coalition_epilogue")
 def _(x, parent, scale, bias, norm, eps, residual, residual_row, low, high, values, child_row, _child_grid, child_bits):  # type: ignore[no-untyped-def]
     return _new_epilogue(x, len(parent), x.shape[1:4], x.shape[4], norm, values, child_row, child_bits)
+
+
+@torch.library.register_fake("smpq::coalition_attention")
+def _(q, k, v, q_row, k_row, v_row, samples, causal, scale):  # type: ignore[no-untyped-def]
+    return q.new_empty((len(q_row) * samples, q.shape[2], q.shape[1], v.shape[3])).transpose(1, 2)
 
 
 def _new_epilogue(

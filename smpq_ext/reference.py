@@ -288,6 +288,29 @@ def coalition_epilogue(
     return [y if values else y[:0], statistics, *children]
 
 
+def coalition_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_row: Tensor,
+    k_row: Tensor,
+    v_row: Tensor,
+    samples: int,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    """Row i is softmax(scale * q k^T) v of row q_row[i] of q, k_row[i] of k and v_row[i] of v, up to rounding.
+
+    q, k, v: float32 [its rows * samples, heads, tokens, size], v with the tokens of k. causal: query t sees keys up to
+    t. Returns [rows * samples, heads, queries, size of v], queries before heads in memory.
+    """
+    taken = [x.unflatten(0, (-1, samples))[row].flatten(0, 1) for x, row in ((q, q_row), (k, k_row), (v, v_row))]
+    scores = scale * taken[0] @ taken[1].transpose(2, 3)
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -torch.inf)
+    return (scores.softmax(-1) @ taken[2]).transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def _forward(
     x: Tensor,
     scale: Tensor,

@@ -43,33 +43,29 @@ SMPQ_INLINE void exponential(Floats& x) {
 // The memory of one head.
 struct Head {
   const AttentionArgs& a;
-  const int64_t keys;        // up to a multiple of kStep
-  const int64_t value_size;  // likewise
-  const Buffer<float> k, v, q, scores, out;
+  const int64_t value_size;  // up to a multiple of kStep
+  const Buffer<float> zeros, v, q, scores, out;
+  const float* k = nullptr;
 
   explicit Head(const AttentionArgs& args)
       : a(args),
-        keys((a.keys + kStep - 1) / kStep * kStep),
         value_size((a.value_size + kStep - 1) / kStep * kStep),
-        k(keys * a.size),
+        zeros(a.size),
         v(a.keys * value_size),
         q(a.size * kQueries),
-        scores(keys * kQueries),
-        out(value_size * kQueries) {}
-};
+        scores((a.keys + kStep) * kQueries),
+        out(value_size * kQueries) {
+    std::fill_n(zeros.data(), a.size, 0.0f);
+  }
 
-// Keys [keys / kStep, size, kStep] and values [keys, value_size], zeros where none are.
-void gather(const Head& h, const float* k, const float* v) {
-  const AttentionArgs& a = h.a;
-  for (int64_t key = 0; key < h.keys; ++key) {
-    float* to = h.k.data() + key / kStep * a.size * kStep + key % kStep;
-    for (int64_t d = 0; d < a.size; ++d) to[d * kStep] = key < a.keys ? k[key * a.k_stride[2] + d] : 0.0f;
+  // Values [keys, value_size], zeros where none are.
+  void gather(const float* from) const {
+    for (int64_t key = 0; key < a.keys; ++key) {
+      float* to = v.data() + key * value_size;
+      std::fill(std::copy_n(from + key * a.v_stride[2], a.value_size, to), to + value_size, 0.0f);
+    }
   }
-  for (int64_t key = 0; key < a.keys; ++key) {
-    float* to = h.v.data() + key * h.value_size;
-    std::fill(std::copy_n(v + key * a.v_stride[2], a.value_size, to), to + h.value_size, 0.0f);
-  }
-}
+};
 
 // The scores of all queries with keys [0, count), and the largest of each.
 SMPQ_INLINE void score(const Head& h, int64_t first_query, int64_t count, Floats (&largest)[kVectors]) {
@@ -79,7 +75,8 @@ SMPQ_INLINE void score(const Head& h, int64_t first_query, int64_t count, Floats
   const Floats lanes{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   for (int64_t key = 0; key < count; key += kStep) {
     Floats sum[kStep][kVectors] = {};
-    const float* k = h.k.data() + key * a.size;
+    const float* k[kStep];
+    for (int j = 0; j < kStep; ++j) k[j] = key + j < a.keys ? h.k + (key + j) * a.k_stride[2] : h.zeros.data();
     for (int64_t d = 0; d < a.size; ++d) {
       Floats q[kVectors];
 #pragma GCC unroll 2
@@ -87,7 +84,7 @@ SMPQ_INLINE void score(const Head& h, int64_t first_query, int64_t count, Floats
 #pragma GCC unroll 8
       for (int j = 0; j < kStep; ++j) {
 #pragma GCC unroll 2
-        for (int n = 0; n < kVectors; ++n) multiply_add(sum[j][n], q[n], k[d * kStep + j]);
+        for (int n = 0; n < kVectors; ++n) multiply_add(sum[j][n], q[n], k[j][d]);
       }
     }
     const bool all = key + kStep <= a.keys && (!a.causal || key + kStep <= first_query + 1);
@@ -151,14 +148,15 @@ SMPQ_INLINE void weigh(const Head& h, int64_t count, const Floats (&largest)[kVe
 }  // namespace
 
 void coalition_attention(const AttentionArgs& a, int64_t first_head, int64_t last_head) {
-  const Head h(a);
+  Head h(a);
   for (int64_t unit = first_head; unit < last_head; ++unit) {
     const int64_t head = unit % a.heads, sample = unit / a.heads % a.samples, row = unit / a.heads / a.samples;
     const auto start = [&](const float* x, const int64_t* rows, const int64_t* stride) {
       return x + (rows[row] * a.samples + sample) * stride[0] + head * stride[1];
     };
     const float* q = start(a.q, a.q_row, a.q_stride);
-    gather(h, start(a.k, a.k_row, a.k_stride), start(a.v, a.v_row, a.v_stride));
+    h.k = start(a.k, a.k_row, a.k_stride);
+    h.gather(start(a.v, a.v_row, a.v_stride));
     float* out = a.out + ((row * a.samples + sample) * a.queries * a.heads + head) * a.value_size;
     for (int64_t first = 0; first < a.queries; first += kQueries) {
       const int64_t there = std::min<int64_t>(kQueries, a.queries - first);
