@@ -106,7 +106,9 @@ def test_faults_are_reported(faults: Path, kernel: str, report: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", [EMULATOR / "paths.py", TESTS / "test_ops.py", TESTS / "test_fused_ops.py"], ids=lambda f: f.stem
+    "file",
+    [EMULATOR / "paths.py", EMULATOR / "engine.py", TESTS / "test_ops.py", TESTS / "test_fused_ops.py"],
+    ids=lambda f: f.stem,
 )
 def test_kernels(library: Path, file: Path) -> None:
     done = sanitized(

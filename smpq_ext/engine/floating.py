@@ -24,6 +24,8 @@ class FloatLayer:
     def __init__(self, layer: QuantizedLayer) -> None:
         self.layer = layer
         kernel, self.depthwise = kernel_of(layer, layer.source)
+        if kernel.is_cuda:
+            raise ValueError("on CUDA the kernel multiplies codes alone")
         self._unquantized = pack(kernel[None], self.depthwise, 1) if layer.weight is None else None
         self._channels = len(kernel)
         self._grids = torch.empty(0, 4)  # [candidates, 4]
@@ -66,8 +68,8 @@ def kernel_of(layer: QuantizedLayer, weight: Tensor) -> tuple[Tensor, bool]:
     """
     if not (layer.linear or layer.conv2d):
         raise ValueError("only nn.Linear and nn.Conv2d")
-    if weight.dtype != torch.float32 or weight.is_cuda:
-        raise ValueError("only float32 models on the CPU")
+    if weight.dtype != torch.float32:
+        raise ValueError("only float32 models")
     kernel = weight if layer.conv2d else weight[..., None, None]
     groups = layer.module.groups if layer.conv2d else 1
     if groups > 1 and not groups == layer.module.in_channels == len(kernel):

@@ -51,10 +51,9 @@ class IntegerLayer:
 
     def load(self, assigned: Mapping[str, NDArray[np.int64]] | None) -> None:
         assert assigned is not None
-        self._activation, self._weight = (
-            torch.from_numpy(np.ascontiguousarray(assigned[f"{self.layer.name}.{kind}"], np.int64))
-            for kind in ("activation", "weight")
-        )
+        names = (f"{self.layer.name}.{kind}" for kind in ("activation", "weight"))
+        chosen = (np.ascontiguousarray(assigned[name], np.int64) for name in names)
+        self._activation, self._weight = (torch.from_numpy(x).to(self._packed.device) for x in chosen)
 
     def grids(self, coalitions: Tensor) -> Tensor:
         """Scale, zero point and bounds, [n, 4]."""

@@ -51,6 +51,7 @@ class Lockstep:
 
     def __init__(self, graph: Graph, layers: list[QuantizedLayer], norms: Mapping[str, RowNorm]) -> None:
         self.graph, self.layers, self.norms = graph, layers, norms
+        self._device = layers[0].source.device
         self.integer: Fusion | None = None
         self.floating: Fusion | None = None
         self.attentions: Mapping[int, Attention] = {}
@@ -122,7 +123,7 @@ class Lockstep:
         graph = self.graph
         values: dict[int, Any] = {**graph.constants, **dict(enumerate(leaves(inputs)))}
         taken: dict[int, Tensor] = {}  # the inputs of fused calls, by the layer's step
-        self._broken = torch.zeros(len(self.rows[0].row), samples, dtype=torch.bool)
+        self._broken = torch.zeros(len(self.rows[0].row), samples, dtype=torch.bool, device=self._device)
         absorbed, frees = (self._fusion.absorbed, self._fusion.frees) if self._fusion else ((), self._frees)
         for k, step in enumerate(graph.steps):
             if k < graph.inputs or step.place is None or k in absorbed:
@@ -188,24 +189,41 @@ class Lockstep:
                 x = _pixels(value, self._count(source), conv2d)
                 taking = ([field[i] for i in chosen] for field in (children.row, children.grid, children.bits))
                 out = torch.ops.smpq.coalition_epilogue(
-                    *(x, torch.arange(len(x)), None, None, None, 0.0, None, None, -math.inf, math.inf, False, *taking)
+                    *(
+                        x,
+                        torch.arange(len(x), device=x.device),
+                        None,
+                        None,
+                        None,
+                        0.0,
+                        None,
+                        None,
+                        -math.inf,
+                        math.inf,
+                        False,
+                        *taking,
+                    )
                 )
                 taken.update(zip([children.readers[i] for i in chosen], out[2:], strict=True))
 
     def _look(self, step: int, value: Tensor) -> None:
         """Remember where a floating value holds NaN, [n, samples]: no code says so."""
-        if self._codes and step not in self._calls and value.numel() and value.amax().isnan():
+        if not (self._codes and step not in self._calls and value.numel()):
+            return
+        if value.is_cuda or value.amax().isnan():  # on CUDA to ask would be to wait
             rows = self.rows[self._place(step)]
             broken = value.unflatten(0, (len(rows.coalition), self._broken.shape[1], -1)).flatten(2).isnan().any(2)
             self._broken |= broken[self._index(rows.row)]
 
     def _break(self, value: Any) -> Any:
         """What is returned, [n * samples, ...], with NaN in those places."""
-        if not self._broken.any() or not isinstance(value, Tensor) or not value.is_floating_point():
+        if not self._codes or not isinstance(value, Tensor) or not value.is_floating_point():
             return value
-        rows = value.unflatten(0, (*self._broken.shape, -1)).clone()
-        rows[self._broken] = math.nan
-        return rows.flatten(0, 2)
+        if not (value.is_cuda or self._broken.any()):
+            return value
+        rows = value.unflatten(0, (*self._broken.shape, -1))
+        broken = self._broken.view(*self._broken.shape, *[1] * (rows.dim() - 2))
+        return rows.masked_fill(broken, math.nan).flatten(0, 2)
 
     def _place(self, step: int) -> int:
         place = self.graph.steps[step].place
@@ -224,7 +242,7 @@ class Lockstep:
         return self._index(self.rows[source].row[self.rows[place].coalition])
 
     def _index(self, rows: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(rows).to(self.layers[0].source.device)
+        return torch.from_numpy(rows).to(self._device)
 
     def _layer(self, layer: int, x: Tensor, operand: int, place: int) -> Tensor:
         source = self.graph.steps[operand].place
