@@ -35,7 +35,7 @@ from smpq_ext.engine.space import candidates, make_space
 
 # Bytes of the largest activation of one forward on a CPU: beyond it, it waits for memory. In lockstep more rows are
 # worth more than that: they share what comes before they part (docs/performance.md).
-CACHE, LOCKSTEP = 4 << 20, 128 << 20
+CACHE, LOCKSTEP = 4 << 20, 64 << 20
 
 
 def evaluator(
@@ -266,13 +266,12 @@ class TorchEvaluator:
         batch = max(self._run_batches, key=lambda b: b.size)
         few = batch.size if not self._folds else min(batch.size, 4)
         assignment = self.space.one_hot(self.space.highest()[None])
-        sample_bytes = loaded = largest = 0
+        sample_bytes = loaded = 0
         for rows in (assignment, self.space.mask / self.space.mask.sum(1, keepdims=True)[None]):  # and a mixture
             with Meter() as meter, _Loaded(self, rows.astype(np.float32)):
                 kept, loaded = meter.live, max(loaded, meter.peak)
                 outputs = self._executor.forward(batch, 0, few)
             sample_bytes = max(sample_bytes, -(-(meter.peak - kept) // few))
-            largest = largest or meter.largest // few  # of the assignment
         result = sum(x.numel() * x.element_size() for x in tree_leaves(outputs) if isinstance(x, Tensor))
         memory = free_memory(self.device) // 4 if self._memory is None else self._memory
         count = max(b.size for b in self._run_batches)
@@ -280,7 +279,7 @@ class TorchEvaluator:
         images = memory // max(1, sample_bytes)
         cached = images
         if self.device.type == "cpu":
-            cached = (LOCKSTEP if lockstep else CACHE) // max(1, largest)
+            cached = (LOCKSTEP if lockstep else CACHE) // max(1, self._largest(batch, few))
         # In lockstep rows are worth more than samples: they share what comes before they part.
         most = min(MERGE, count) if lockstep else count
         whole = self.renormalize or not self._folds
@@ -290,6 +289,15 @@ class TorchEvaluator:
         if not (whole and lockstep):
             rows = min(rows, cached // self._samples)
         self.rows_per_batch = max(1, int(rows)) if self._folds else 1
+
+    def _largest(self, batch: Batch, few: int) -> int:
+        """The bytes, for one row and sample, of the largest value that grows with the rows; what all share does not."""
+        several = 8 if self._folds else 1
+        rows = np.random.default_rng(0).integers(0, self.space.highest() + 1, (several, len(self.slots)))
+        few = min(few, 2) if self._folds else few
+        with _Loaded(self, self.space.one_hot(rows)), Meter() as meter:
+            self._executor.forward(batch, 0, few)
+        return meter.largest // (several * few)
 
     # One chunk of rows.
 
