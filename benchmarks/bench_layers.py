@@ -1,9 +1,9 @@
 """One layer for coalitions, 16 rows of 8 images, beside torch: microseconds for one row and image.
 
 Convolutions: ours take codes and give codes, with bias, ReLU and requantization, every row with a weight of its own
-variant; "int8" is onednn's convolution with the same, for one weight, which cannot write codes of several grids; "float"
-is torch's float32 convolution, channels last. "fixed point" and "float" in a name: mixtures of five widths in, and out.
-"GMAC/s" are ours. Attention: softmax(q k^T) v of every row, "float" is torch's scaled_dot_product_attention.
+variant; "int8" is onednn's convolution with the same for one weight, which cannot write codes of several grids;
+"float" is torch's float32 convolution, channels last. "fixed point" and "float" in a name: mixtures of five widths, in
+and out. "GMAC/s" are ours. Attention: softmax(q k^T) v of every row, "float" is torch's scaled_dot_product_attention.
 """
 
 from __future__ import annotations

@@ -15,11 +15,7 @@ Tensor coalition_attention(const Tensor& q, const Tensor& k, const Tensor& v, co
                ": ", name, " ", shape_of(x), " must be float32 [rows * ", samples, ", heads, tokens, size] on the CPU");
     SMPQ_CHECK(row.scalar_type() == ScalarType::Long && row.is_contiguous() && row.dim() == 1 && row.numel() == rows,
                op, ": ", name, "_row ", shape_of(row), " must be int64 [", rows, "], as q_row");
-    const int64_t* index = data<int64_t>(row);
-    for (int64_t r = 0; r < rows; ++r) {
-      SMPQ_CHECK(index[r] >= 0 && index[r] < x.size(0) / samples, op, ": ", name, "_row[", r, "] is ", index[r],
-                 ", there are ", x.size(0) / samples);
-    }
+    check_indices(op, row, (std::string(name) + "_row").c_str(), x.size(0) / samples);
     return x.stride(3) == 1 || x.size(3) == 1 ? x : torch::stable::contiguous(x);
   };
   const Tensor qs = check(q, "q", q_row), ks = check(k, "k", k_row), vs = check(v, "v", v_row);

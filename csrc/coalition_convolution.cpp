@@ -1,5 +1,6 @@
 // coalition_convolution: schema, checks, and the way from tensors to the kernel's arguments.
 #include "epilogue.h"
+#include "normalization.h"
 
 namespace smpq {
 namespace {
@@ -34,11 +35,11 @@ void multiply_normalized(const Tensor& like, ConvolutionArgs<X> a, const Normali
   const Tensor products = torch::stable::new_empty(norm.statistics, {group * e.pixels * e.channels}, ScalarType::Float);
   a.products = mutable_data<float>(products);
   norm.run(EpilogueArgs{a.products, nullptr, 0, a.rows, e}, on_device(like) ? cuda::moment_parts(e) : a.samples,
-           [&](const EpilogueArgs& group, int64_t last, double* to) {
-             a.first_row = group.first_row;
+           [&](const EpilogueArgs& args, int64_t last, double* to) {
+             a.first_row = args.first_row;
              a.moments = to;
              multiply(like, a, last);  // the CPU takes the moments while it writes the products
-             if (on_device(like)) Normalization::moments(like, group, last, to);
+             if (on_device(like)) Normalization::moments(like, args, last, to);
            });
 }
 
@@ -50,14 +51,11 @@ std::vector<Tensor> run(const Tensor& x, const Tensor& padding, const Tensor& we
                         bool depthwise, bool values, const std::vector<Tensor>& child_row,
                         const std::vector<Tensor>& child_grid, std::vector<int64_t> child_bits) {
   SMPQ_CHECK((std::is_same_v<X, uint8_t>) || !on_device(x), op, ": on CUDA x must be codes, uint8");
-  for (const Tensor* t : {&padding, &weight, &start, &parent, &variant, &scale, &bias}) {
-    SMPQ_CHECK(same_device(*t, x), op, ": all arguments must be on the device of x");
-  }
   using Args = ConvolutionArgs<X>;
   using Weight = typename Args::Weight;
   using Sum = typename Args::Sum;
   constexpr int64_t together = Multiplied<X>::together;
-  check_tensor(op, x, "x", kType<X>, {-1, -1, -1, -1, -1});
+  check_tensor(op, x, x, "x", kType<X>, {-1, -1, -1, -1, -1});
   SMPQ_CHECK(geometry.size() == 10, op,
              ": geometry is kernel, stride, padding before and after, and dilation, two numbers each");
   Args a{};
@@ -80,20 +78,27 @@ std::vector<Tensor> run(const Tensor& x, const Tensor& padding, const Tensor& we
   a.depthwise = depthwise;
   const int64_t taps = a.kernel[0] * a.kernel[1];
   if (depthwise) {
-    check_tensor(op, weight, "weight", kType<Weight>, {-1, -1, taps, 16});
+    check_tensor(op, x, weight, "weight", kType<Weight>, {-1, -1, taps, 16});
   } else {
-    check_tensor(op, weight, "weight", kType<Weight>, {-1, -1, taps, a.channels / together, 16, together});
+    check_tensor(op, x, weight, "weight", kType<Weight>, {-1, -1, taps, a.channels / together, 16, together});
   }
   a.outs = weight.size(1);
-  check_tensor(op, parent, "parent", ScalarType::Long, {a.rows});
-  check_tensor(op, variant, "variant", ScalarType::Long, {a.rows});
-  check_tensor(op, padding, "padding", kType<X>, {parents});
-  check_tensor(op, start, "start", kType<Sum>, {a.rows, a.outs * 16});
+  check_tensor(op, x, parent, "parent", ScalarType::Long, {a.rows});
+  check_tensor(op, x, variant, "variant", ScalarType::Long, {a.rows});
+  check_tensor(op, x, padding, "padding", kType<X>, {parents});
+  check_tensor(op, x, start, "start", kType<Sum>, {a.rows, a.outs * 16});
   SMPQ_CHECK(scale.dim() == 2, op, ": scale ", shape_of(scale), " must be [rows, channels]");
   const int64_t channels = scale.size(1);
   SMPQ_CHECK((channels + 15) / 16 == a.outs, op, ": scale has ", channels, " channels, weight ", a.outs,
              " blocks of 16");
-  SMPQ_CHECK(!depthwise || (a.channels + 15) / 16 == a.outs, op, ": weight does not fit the channels of x");
+  SMPQ_CHECK(a.channels > 0 && channels > 0, op, ": there are no channels");
+  const int64_t own = together > 1 ? (channels + 3) / 4 * 4 : channels;
+  SMPQ_CHECK(!depthwise || a.channels == own, op, ": x has ", a.channels, " channels, scale ", channels,
+             ", and a depthwise layer needs ", own);
+  for (const Tensor* t : {&x, &weight}) {
+    SMPQ_CHECK(!on_device(x) || reinterpret_cast<uintptr_t>(t->const_data_ptr()) % 4 == 0, op,
+               ": on CUDA x and weight must start at a multiple of four bytes");
+  }
   check_indices(op, parent, "parent", parents);
   check_indices(op, variant, "variant", weight.size(0));
   const int64_t size[] = {a.height, a.width};

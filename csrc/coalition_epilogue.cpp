@@ -1,5 +1,6 @@
 // coalition_epilogue: schema, checks, and the way from tensors to the kernel's arguments.
 #include "epilogue.h"
+#include "normalization.h"
 
 namespace smpq {
 namespace {
@@ -10,9 +11,9 @@ std::vector<Tensor> coalition_epilogue(const Tensor& x, const Tensor& parent, co
                                        double high, bool values, const std::vector<Tensor>& child_row,
                                        const std::vector<Tensor>& child_grid, std::vector<int64_t> child_bits) {
   const char* op = "coalition_epilogue";
-  check_tensor(op, x, "x", ScalarType::Float, {-1, -1, -1, -1, -1});
+  check_tensor(op, x, x, "x", ScalarType::Float, {-1, -1, -1, -1, -1});
   const int64_t rows = parent.numel();
-  check_tensor(op, parent, "parent", ScalarType::Long, {rows});
+  check_tensor(op, x, parent, "parent", ScalarType::Long, {rows});
   check_indices(op, parent, "parent", x.size(0));
   const Normalization normalization(op, x, norm, eps, rows, x.size(4), scale, bias);
   EpilogueTensors made =

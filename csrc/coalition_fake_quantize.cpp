@@ -6,8 +6,6 @@
 namespace smpq {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
 struct Call {
   Tensor x, y, scale, quant_min, quant_max, mixtures;
   OptionalTensor zero_point, parent;

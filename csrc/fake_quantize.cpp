@@ -4,8 +4,6 @@
 namespace smpq {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
 struct Call {
   Tensor x, scale;
   OptionalTensor zero_point, quant_min, quant_max;

@@ -168,7 +168,7 @@ SMPQ_HD void normalize(const NormalizationArgs& a, int64_t row, int64_t channel,
   float& bias = a.bias[row * a.channels + channel];
   const double mean = sum / a.pixels, step = scale;
   const double spread = square / a.pixels - mean * mean;
-  const double variance = (spread > 0 ? spread : 0) * step * step;
+  const double variance = (spread < 0 ? 0 : spread) * step * step;  // NaN stays
   const double factor = a.affine[channel] / std::sqrt(variance + a.eps);
   a.statistics[row * 2 * a.channels + channel] = static_cast<float>(mean * step + bias);
   a.statistics[(row * 2 + 1) * a.channels + channel] = static_cast<float>(variance);
@@ -215,8 +215,8 @@ struct ConvolutionArgs {
   int64_t kernel[2], stride[2], before[2], after[2], dilation[2];  // of height and width; before, after: padding
   bool depthwise;
   Epilogue epilogue;
-  // Not null: no epilogue, but the products as they are, of the rows from first_row on, and their sums and sums of
-  // squares over each image, exact up to 2^53.
+  // Not null: no epilogue, but the products as they are, of the rows from first_row on, and, on the CPU, their sums and
+  // sums of squares over each image, exact up to 2^53.
   float* products;  // [rows, samples, out_height, out_width, channels]
   double* moments;  // [rows, samples, 2, channels]
   int64_t first_row;
@@ -288,8 +288,8 @@ void coalition_fake_quantize(const CoalitionArgs<T, C, Z>* tensors, int64_t coun
 template <class T, class C, class Z>
 void quantization_error(const QuantizationErrorArgs<T, C, Z>&, void* stream);
 
-// Children and the first one of each row, [total] and [rows], from their lists.
-constexpr int kChildLists = 32;
+// Indices are not checked, but for those that are written by. Children and the first one of each row, [total] and
+// [rows], from their lists.
 void plan_children(const ChildList* lists, int64_t count, const Epilogue&, int64_t rows, int64_t* first,
                    Child* children, void* stream);
 // Rows [first_row, last_row); moments: [last_row - first_row, parts, 2, channels].

@@ -186,6 +186,30 @@ void launch([[maybe_unused]] const Tensor& x, [[maybe_unused]] OnDevice&& on_dev
 #endif
 }
 
+using OptionalTensor = std::optional<Tensor>;
+
+// Sizes of -1 are any; on the device of `like`.
+inline void check_tensor(const char* op, const Tensor& like, const Tensor& t, const char* name, ScalarType type,
+                         const std::vector<int64_t>& size) {
+  bool fits = t.scalar_type() == type && t.is_contiguous() && t.dim() == static_cast<int64_t>(size.size());
+  for (int64_t d = 0; fits && d < t.dim(); ++d) fits = size[d] < 0 || t.size(d) == size[d];
+  std::string wanted = "[";
+  for (size_t d = 0; d < size.size(); ++d) {
+    wanted.append(d ? ", " : "").append(size[d] < 0 ? "*" : std::to_string(size[d]));
+  }
+  SMPQ_CHECK(same_device(t, like), op, ": ", name, " must be on the device of x");
+  SMPQ_CHECK(fits, op, ": ", name, " ", shape_of(t), " must be contiguous, of its dtype, and ", wanted, "]");
+}
+
+// On the CPU alone: on CUDA looking would mean waiting, and whoever calls must know that they are in range.
+inline void check_indices(const char* op, const Tensor& t, const char* name, int64_t bound) {
+  if (on_device(t)) return;
+  const int64_t* index = data<int64_t>(t);
+  for (int64_t k = 0; k < t.numel(); ++k) {
+    SMPQ_CHECK(index[k] >= 0 && index[k] < bound, op, ": ", name, "[", k, "] is ", index[k], ", there are ", bound);
+  }
+}
+
 }  // namespace smpq
 
 // Calls the kernel that was compiled for this processor.

@@ -100,16 +100,19 @@ def test_arguments_that_do_not_fit_are_refused(position: int, value: Any, messag
 
 
 class Attends(nn.Module):
-    """Queries, keys and values of layers of their own; the settings of one attention."""
+    """Queries, keys and values of layers of their own, in windows of tokens; the settings of one attention."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, window: int = 9, **settings: Any) -> None:
         super().__init__()
+        self.window = window
         self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
         self.settings = settings
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(1, (-1, self.window)).flatten(0, 1)
         q, k, v = (layer(x).unflatten(-1, (2, 8)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        return self.out(F.scaled_dot_product_attention(q, k, v, **self.settings).transpose(1, 2).flatten(2)).mean(1)
+        y = F.scaled_dot_product_attention(q, k, v, **self.settings).transpose(1, 2).flatten(2)
+        return self.out(y.reshape(-1, 9, 16)).mean(1)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +120,10 @@ class Attends(nn.Module):
     [
         ({}, True),
         ({"is_causal": True, "scale": 0.7}, True),
+        ({"window": 3}, True),
         ({"attn_mask": torch.ones(9, 9, dtype=torch.bool).tril()}, False),
     ],
-    ids=["plain", "causal", "mask"],
+    ids=["plain", "causal", "windows", "mask"],
 )
 def test_the_engine_gathers_nothing_and_finds_the_same(
     settings: dict[str, Any], ours: bool, monkeypatch: pytest.MonkeyPatch

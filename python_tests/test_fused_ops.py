@@ -119,8 +119,8 @@ def epilogues(draw: st.DrawFn) -> tuple[Any, ...]:
     affine, normalized = draw(st.booleans()), draw(st.booleans())
     if normalized:
         x = (x * 1024).round() / 1024  # their sums are exact in any order
-    else:
-        x.view(-1)[0] = draw(st.sampled_from([0.0, 1e38, -1e38, torch.inf, -torch.inf, torch.nan]))
+    extremes = [0.0, torch.inf, -torch.inf, torch.nan, *([] if normalized else [1e38, -1e38])]
+    x.view(-1)[0] = draw(st.sampled_from(extremes))
     residual = torch.randn(2, *size, channels, generator=generator) if draw(st.booleans()) else None
     return (
         x,
@@ -152,6 +152,16 @@ def example() -> list[Any]:
         *(torch.rand(2, 6), torch.rand(2, 6), torch.rand(2, 6).double(), 1e-5, None, None, 0.0, 6.0),
         *([3, 3, 1, 1, 1, 1, 1, 1, 1, 1], False, True, [rows], [grids], [8]),
     ]
+
+
+def test_any_number_of_layers_reads_a_value(device: str) -> None:
+    x, rows = torch.randn(3, 2, 4, 4, 5), torch.arange(3)
+    grids = torch.tensor([[0.1, 3, 0, 15], [0.2, 0, 0, 255]])
+    lists = [[torch.randint(0, 3, (2,)) for _ in range(70)], [grids] * 70, [8] * 70]
+    arguments = (x, rows, None, None, None, 0.0, None, None, 0.0, 6.0, True, *lists)
+    ours = ops._smpq.coalition_epilogue(*on(device, arguments))
+    for a, b in zip(ours, reference.coalition_epilogue(*arguments), strict=True):
+        assert torch.equal(a.cpu(), b)
 
 
 def test_opcheck_on_the_cpu() -> None:
@@ -192,4 +202,16 @@ def test_arguments_that_do_not_fit_are_refused_on_the_cpu(position: int, value: 
     torch.ops.smpq.coalition_convolution(*arguments)
     arguments[position] = value
     with pytest.raises(RuntimeError, match=message):
+        torch.ops.smpq.coalition_convolution(*arguments)
+
+
+def test_no_channels_and_other_channels_are_refused_on_the_cpu() -> None:
+    arguments = example()
+    arguments[6] = arguments[7] = torch.rand(2, 0)
+    arguments[2], arguments[3] = torch.zeros(2, 0, 9, 1, 16, 4, dtype=torch.int8), torch.zeros(2, 0, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="there are no channels"):
+        torch.ops.smpq.coalition_convolution(*arguments)
+    arguments = example()
+    arguments[2], arguments[15] = torch.zeros(2, 1, 9, 16, dtype=torch.int8), True
+    with pytest.raises(RuntimeError, match="depthwise layer needs 8"):
         torch.ops.smpq.coalition_convolution(*arguments)

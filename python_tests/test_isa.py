@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = [pytest.mark.usefixtures("compiled"), pytest.mark.slow]
-FILES = ("test_ops.py", "test_fused_ops.py", "test_fused.py")
+FILES = ("test_ops.py", "test_fused_ops.py", "test_fused.py", "test_attention.py")
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="one level elsewhere")

@@ -307,7 +307,8 @@ def coalition_attention(
     taken = [x.unflatten(0, (-1, samples))[row].flatten(0, 1) for x, row in ((q, q_row), (k, k_row), (v, v_row))]
     scores = scale * taken[0] @ taken[1].transpose(2, 3)
     if causal:
-        scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -torch.inf)
+        future = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
     return (scores.softmax(-1) @ taken[2]).transpose(1, 2).contiguous().transpose(1, 2)
 
 

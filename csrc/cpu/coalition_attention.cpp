@@ -4,7 +4,7 @@
 #include <limits>
 
 #include "buffer.h"
-#include "epilogue.h"
+#include "vectors.h"
 
 namespace smpq::cpu::SMPQ_ISA {
 namespace {
@@ -24,7 +24,7 @@ SMPQ_INLINE void multiply_add(Floats& sum, const Floats& a, float b) {
 // exp(x) for x <= 0 within 2 units of the last place; 0 below -87, where it would be denormal; NaN stays. Reduction and
 // polynomial are those of Cephes' expf.
 SMPQ_INLINE void exponential(Floats& x) {
-  const Floats whole = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
+  const Floats whole = (x * 1.44269504088896341f + kRound) - kRound;
   const Floats r = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
   Floats y = Floats{} + 1.9875691500e-4f;
   y = y * r + 1.3981999507e-3f;

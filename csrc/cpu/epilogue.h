@@ -4,28 +4,10 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
-#include "../kernels.h"
+#include "vectors.h"
 
 namespace smpq::cpu::SMPQ_ISA {
 namespace {
-
-constexpr int kLanes = 16;  // output channels that are computed together
-using Floats = float __attribute__((vector_size(kLanes * sizeof(float))));
-using Doubles = double __attribute__((vector_size(kLanes / 2 * sizeof(double))));
-using Ints = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
-using Shorts = int16_t __attribute__((vector_size(kLanes * sizeof(int16_t))));
-using Bytes = uint8_t __attribute__((vector_size(kLanes)));
-
-#define SMPQ_INLINE inline __attribute__((always_inline))
-
-template <class V>
-SMPQ_INLINE void load(V& v, const void* from) {  // no vector is returned: its ABI differs between instruction sets
-  std::memcpy(&v, from, sizeof v);
-}
 
 // The first n lanes, most often all of them; the others are left, or become 0 where they are loaded.
 template <bool whole>
@@ -74,8 +56,7 @@ SMPQ_INLINE void whole_steps(Ints& whole, const Floats& steps, float low, float 
 #else
   Floats inside = steps >= low ? steps : Floats{} + low;
   inside = inside <= high ? inside : Floats{} + high;
-  // rint: adding and taking away 1.5 * 2^23 leaves an integer.
-  whole = __builtin_convertvector((inside + 12582912.0f) - 12582912.0f, Ints);
+  whole = __builtin_convertvector((inside + kRound) - kRound, Ints);
 #endif
 }
 
@@ -99,7 +80,7 @@ SMPQ_INLINE void mix(Floats& mixed, const Floats& y, const Child& child) {
     const Candidate& c = child.candidates[k];
     Floats steps = y * c.inv_scale;
     clamp(steps, c.low, c.high);
-    steps = (steps + 12582912.0f) - 12582912.0f;  // as in whole_steps
+    steps = (steps + kRound) - kRound;  // as in whole_steps
     const Floats term = steps * c.scale * c.share;
     mixed = k ? mixed + term : term;
   }

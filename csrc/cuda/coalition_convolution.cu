@@ -1,7 +1,7 @@
 // coalition_convolution of codes: an implicit matrix product on int8 tensor cores, all rows in one launch. A warp takes
 // 16 pixels of a row and up to 64 output channels; a fragment's word is four codes of one pixel and tap, which lie side
 // by side in memory, and so do the four weights that they meet: nothing goes through shared memory. The sums are exact,
-// so that the result is that of the CPU bit for bit.
+// so that the result is that of the CPU bit for bit; statistics are those of products rounded to float32.
 #include "epilogue.cuh"
 
 namespace smpq {

@@ -7,19 +7,22 @@ namespace smpq {
 namespace cuda {
 namespace {
 
-struct Lists {
-  ChildList list[kChildLists];
+struct Lists {  // as many as a launch takes
+  ChildList list[32];
   int64_t count;
 };
 
+// number: of the children in the lists of earlier launches.
 __global__ void __launch_bounds__(kThreads)
-    plan(const Lists lists, const Epilogue e, int64_t rows, int64_t* first, Child* children) {
-  for (int64_t row = threadIdx.x; row < rows; row += kThreads) first[row] = -1;
-  __syncthreads();
-  int64_t number = 0;
+    plan(const Lists lists, const Epilogue e, int64_t rows, int64_t number, int64_t* first, Child* children) {
+  if (number == 0) {
+    for (int64_t row = threadIdx.x; row < rows; row += kThreads) first[row] = -1;
+    __syncthreads();
+  }
   for (int64_t k = 0; k < lists.count; ++k) {
     const ChildList& list = lists.list[k];
     for (int64_t i = threadIdx.x; i < list.count; i += kThreads) {
+      if (list.row[i] < 0 || list.row[i] >= rows) continue;
       Child child = child_of(list, i, e);
       auto* head = reinterpret_cast<unsigned long long*>(first + list.row[i]);
       child.next = static_cast<int64_t>(atomicExch(head, static_cast<unsigned long long>(number + i)));
@@ -88,10 +91,15 @@ __global__ void __launch_bounds__(kThreads) epilogue(const EpilogueArgs a, int64
 void plan_children(const ChildList* lists, int64_t count, const Epilogue& e, int64_t rows, int64_t* first,
                    Child* children, void* stream) {
   if (rows == 0) return;
-  Lists given{};
-  for (int64_t k = 0; k < count; ++k) given.list[k] = lists[k];
-  given.count = count;
-  launch("plan_children", plan, 1, 0, stream, given, e, rows, first, children);
+  constexpr int64_t most = sizeof(Lists::list) / sizeof(ChildList);
+  int64_t number = 0;
+  for (int64_t k = 0; k == 0 || k < count; k += most) {
+    Lists given{};
+    given.count = count - k < most ? count - k : most;
+    for (int64_t i = 0; i < given.count; ++i) given.list[i] = lists[k + i];
+    launch("plan_children", plan, 1, 0, stream, given, e, rows, number, first, children);
+    for (int64_t i = 0; i < given.count; ++i) number += given.list[i].count;
+  }
 }
 
 void coalition_moments(const EpilogueArgs& a, int64_t last_row, double* moments, void* stream) {

@@ -21,14 +21,14 @@ class Attention:
     scale: float
 
     def __call__(self, values: Mapping[int, Any], rows: tuple[Tensor, ...], samples: int) -> Tensor:
-        """[rows * samples, heads, queries, size], row r from row rows[k][r] of operand k."""
+        """[rows * samples, heads, queries, size], row r from row rows[k][r] of operand k [its rows * samples, ...]."""
         q, k, v = (values[step] for step in self.operands)
         out: Tensor = torch.ops.smpq.coalition_attention(q, k, v, *rows, samples, self.causal, self.scale)
         return out
 
 
 def find(graph: Graph) -> dict[int, Attention]:
-    """By their step, those that the op computes faster than torch's own: on the CPU (docs/performance.md)."""
+    """By their step, those that the op computes: on the CPU faster than torch's own (docs/performance.md)."""
     found = {}
     for i, step in enumerate(graph.steps):
         attention = _attention(graph, step) if step.target is ATTENTION else None
@@ -48,7 +48,7 @@ def _attention(graph: Graph, step: Step) -> Attention | None:
     q, k, v = (graph.kinds[x] for x in operands)
     if any(len(shape) != 4 or dtype != torch.float32 for shape, dtype in (q, k, v)):
         return None
-    if not q[0][1] == k[0][1] == v[0][1] or any(not isinstance(size, int) for x in (q, k, v) for size in x[0][1:]):
+    if not (q[0][:2] == k[0][:2] == v[0][:2]) or any(not isinstance(size, int) for x in (q, k, v) for size in x[0][1:]):
         return None
     scale = step.kwargs.get("scale")
     return Attention(operands, bool(causal), q[0][3] ** -0.5 if scale is None else float(scale))

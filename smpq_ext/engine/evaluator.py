@@ -269,7 +269,7 @@ class TorchEvaluator:
         sample_bytes = loaded = 0
         for rows in (assignment, self.space.mask / self.space.mask.sum(1, keepdims=True)[None]):  # and a mixture
             with Meter() as meter, _Loaded(self, rows.astype(np.float32)):
-                kept, loaded = meter.live, max(loaded, meter.peak)
+                kept, loaded, meter.peak = meter.live, max(loaded, meter.peak), meter.live
                 outputs = self._executor.forward(batch, 0, few)
             sample_bytes = max(sample_bytes, -(-(meter.peak - kept) // few))
         result = sum(x.numel() * x.element_size() for x in tree_leaves(outputs) if isinstance(x, Tensor))
@@ -279,7 +279,8 @@ class TorchEvaluator:
         images = memory // max(1, sample_bytes)
         cached = images
         if self.device.type == "cpu":
-            cached = (LOCKSTEP if lockstep else CACHE) // max(1, self._largest(batch, few))
+            room = memory // (loaded + 2 * sample_bytes)
+            cached = (LOCKSTEP if lockstep else CACHE) // max(1, self._largest(batch, few, room))
         # In lockstep rows are worth more than samples: they share what comes before they part.
         most = min(MERGE, count) if lockstep else count
         whole = self.renormalize or not self._folds
@@ -290,9 +291,12 @@ class TorchEvaluator:
             rows = min(rows, cached // self._samples)
         self.rows_per_batch = max(1, int(rows)) if self._folds else 1
 
-    def _largest(self, batch: Batch, few: int) -> int:
-        """The bytes, for one row and sample, of the largest value that grows with the rows; what all share does not."""
-        several = 8 if self._folds else 1
+    def _largest(self, batch: Batch, few: int, room: int) -> int:
+        """The bytes, for one row and sample, of the largest value that grows with the rows; what all share does not.
+
+        room: so many rows fit into memory.
+        """
+        several = max(1, min(8, room)) if self._folds else 1
         rows = np.random.default_rng(0).integers(0, self.space.highest() + 1, (several, len(self.slots)))
         few = min(few, 2) if self._folds else few
         with _Loaded(self, self.space.one_hot(rows)), Meter() as meter:

@@ -256,7 +256,7 @@ class RowNorm:
         if x.dim() == 4 and not x.is_cuda and x.dtype == torch.float32 and is_channels_last(x):
             # torch adds in float32 where channels are last, and errs by up to 1e-3 of a variance.
             y, statistics = torch.ops.smpq.coalition_epilogue(
-                *(x.permute(0, 2, 3, 1).unflatten(0, (n, -1)), torch.arange(n), None, None, affine(m), m.eps),
+                *(x.permute(0, 2, 3, 1).unflatten(0, (n, -1)), torch.arange(n), None, None, affine(m, x.device), m.eps),
                 *(None, None, -math.inf, math.inf, True, [], [], []),
             )
             self.record(*statistics[-1])
@@ -274,9 +274,10 @@ class RowNorm:
             self.executor.statistics[self.name] = mean, variance
 
 
-def affine(norm: Any) -> Tensor:
+def affine(norm: Any, device: torch.device) -> Tensor:
     """Weight and bias of a BatchNorm, float64 [2, channels]."""
-    plain = torch.ones(norm.num_features, dtype=torch.float64), torch.zeros(norm.num_features, dtype=torch.float64)
+    like = torch.ones(norm.num_features, dtype=torch.float64, device=device)
+    plain = like, torch.zeros_like(like)
     given = (x if x is None else x.detach().double() for x in (norm.weight, norm.bias))
     return torch.stack([y if x is None else x for x, y in zip(given, plain, strict=True)])
 

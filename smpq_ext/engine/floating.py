@@ -44,6 +44,9 @@ class FloatLayer:
         else:
             self._packed, self._variant = self._unquantized, torch.zeros(self.layer.executor.rows, dtype=torch.int64)
 
+    def unload(self) -> None:
+        self._packed, self._variant = torch.empty(0), torch.empty(0, dtype=torch.int64)
+
     def grids(self, coalitions: Tensor) -> Tensor:
         """Scale, zero point, bounds and share of every candidate, [n, candidates, 5]."""
         shares = self.layer.mixtures[coalitions]

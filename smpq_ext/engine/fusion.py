@@ -41,6 +41,9 @@ class FusedLayer(Protocol):
     def load(self, assigned: Mapping[str, NDArray[np.int64]] | None) -> None:
         """Prepare for the rows that the executor has loaded."""
 
+    def unload(self) -> None:
+        """Forget them."""
+
     def grids(self, coalitions: Tensor) -> Tensor:
         """What the kernel takes to quantize the inputs of these coalitions, `child_grid` of the op."""
 
@@ -181,7 +184,7 @@ class Fusion:
         norm, eps = None, 0.0
         if fused.norm is not None:
             m = self.norms[fused.norm]
-            norm, eps = affine(m), m.eps
+            norm, eps = affine(m, scale.device), m.eps
             if fused.norm not in self.renormalized:
                 assert m.running_mean is not None and m.running_var is not None
                 factor = norm[0] * (m.running_var.double() + eps).rsqrt()

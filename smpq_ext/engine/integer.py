@@ -55,6 +55,9 @@ class IntegerLayer:
         chosen = (np.ascontiguousarray(assigned[name], np.int64) for name in names)
         self._activation, self._weight = (torch.from_numpy(x).to(self._packed.device) for x in chosen)
 
+    def unload(self) -> None:
+        self._activation = self._weight = torch.empty(0, dtype=torch.int64)
+
     def grids(self, coalitions: Tensor) -> Tensor:
         """Scale, zero point and bounds, [n, 4]."""
         return self._grids[self._activation[coalitions]]

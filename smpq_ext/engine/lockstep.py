@@ -56,6 +56,7 @@ class Lockstep:
         self.floating: Fusion | None = None
         self.attentions: Mapping[int, Attention] = {}
         self.rows: list[_Rows] = []
+        self._found: dict[tuple[int, int | None], Tensor] = {}  # what `_row_of` gave
         self._descent: dict[tuple[int, int], Tensor | None] = {}
         self._fusion: Fusion | None = None  # of the rows that are loaded
         self._codes = False  # whether some of its inputs are codes or fixed point, where NaN is lost
@@ -115,7 +116,10 @@ class Lockstep:
         self._quantized = {k: children(k, readers) for k, readers in fusion.quantized.items() if readers}
 
     def unload(self) -> None:
-        self._fusion, self._codes, self.rows = None, False, []
+        if self._fusion is not None:
+            for layer in self._fusion.layers.values():
+                layer.unload()
+        self._fusion, self._codes, self.rows, self._found = None, False, [], {}
         self._descent, self._attended, self._calls, self._children, self._quantized = {}, {}, {}, {}, {}
 
     def __call__(self, inputs: Any, samples: int) -> Any:
@@ -132,7 +136,8 @@ class Lockstep:
             if k in self._calls:
                 values[k] = self._fused(k, values, taken)
             elif k in self.attentions:
-                values[k] = self.attentions[k](values, self._attended[k], samples)
+                q = self.attentions[k].operands[0]
+                values[k] = self.attentions[k](values, self._attended[k], len(values[q]) // self._count(q))
             elif step.layer is not None:
                 values[k] = self._layer(step.layer, values[step.operands[0]], step.operands[0], step.place)
             else:
@@ -145,7 +150,7 @@ class Lockstep:
             for j in frees.get(k, ()):
                 values.pop(j, None)
         everyone = [self._everyone(values[x.step], x.step) if isinstance(x, Value) else x for x in graph.outputs]
-        return tree_unflatten([self._break(x) for x in everyone], graph.output_spec)
+        return tree_unflatten(everyone, graph.output_spec)
 
     def _fused(self, last: int, values: dict[int, Any], taken: dict[int, Tensor]) -> Tensor | None:
         """A fused call: what the next layers take is put where they find it; returns the value if it is read."""
@@ -188,22 +193,9 @@ class Lockstep:
             if chosen:
                 x = _pixels(value, self._count(source), conv2d)
                 taking = ([field[i] for i in chosen] for field in (children.row, children.grid, children.bits))
-                out = torch.ops.smpq.coalition_epilogue(
-                    *(
-                        x,
-                        torch.arange(len(x), device=x.device),
-                        None,
-                        None,
-                        None,
-                        0.0,
-                        None,
-                        None,
-                        -math.inf,
-                        math.inf,
-                        False,
-                        *taking,
-                    )
-                )
+                every = torch.arange(len(x), device=x.device)
+                settings = None, None, None, 0.0, None, None, -math.inf, math.inf, False
+                out = torch.ops.smpq.coalition_epilogue(x, every, *settings, *taking)
                 taken.update(zip([children.readers[i] for i in chosen], out[2:], strict=True))
 
     def _look(self, step: int, value: Tensor) -> None:
@@ -213,13 +205,11 @@ class Lockstep:
         if value.is_cuda or value.amax().isnan():  # on CUDA to ask would be to wait
             rows = self.rows[self._place(step)]
             broken = value.unflatten(0, (len(rows.coalition), self._broken.shape[1], -1)).flatten(2).isnan().any(2)
-            self._broken |= broken[self._index(rows.row)]
+            self._broken |= broken[self._row_of(self._place(step))]
 
-    def _break(self, value: Any) -> Any:
+    def _break(self, value: Tensor) -> Tensor:
         """What is returned, [n * samples, ...], with NaN in those places."""
-        if not self._codes or not isinstance(value, Tensor) or not value.is_floating_point():
-            return value
-        if not (value.is_cuda or self._broken.any()):
+        if not self._codes or not value.is_floating_point() or not (value.is_cuda or self._broken.any()):
             return value
         rows = value.unflatten(0, (*self._broken.shape, -1))
         broken = self._broken.view(*self._broken.shape, *[1] * (rows.dim() - 2))
@@ -238,8 +228,12 @@ class Lockstep:
     def _count(self, step: int) -> int:
         return len(self.rows[self._place(step)].coalition)
 
-    def _row_of(self, source: int, place: int) -> Tensor:
-        return self._index(self.rows[source].row[self.rows[place].coalition])
+    def _row_of(self, source: int, place: int | None = None) -> Tensor:
+        """The row of place `source` that each row of `place`, or each coalition, has: on the device, looked up once."""
+        if (source, place) not in self._found:
+            row = self.rows[source].row
+            self._found[source, place] = self._index(row if place is None else row[self.rows[place].coalition])
+        return self._found[source, place]
 
     def _index(self, rows: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(rows).to(self._device)
@@ -274,7 +268,10 @@ class Lockstep:
     def _everyone(self, value: Any, step: int) -> Any:
         """A value for every coalition, [n * samples, ...]."""
         source = self.graph.steps[step].place
-        return value if source is None else self._take(value, source, self._index(self.rows[source].row))
+        if source is None:
+            return value
+        taken = self._take(value, source, self._row_of(source))
+        return self._break(taken) if isinstance(taken, Tensor) else taken
 
     def _take(self, value: Any, source: int | None, index: Tensor) -> Any:
         assert source is not None
