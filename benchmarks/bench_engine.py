@@ -2,8 +2,8 @@
 
 "chains": prefixes of random orders, each slot falling from the highest width to the lowest ("interval"), or by one
 width at a time ("steps"); "random": coalitions that share nothing but chance; "pairs": two slots lowered at once, as
-CLADO needs; "mixtures": the supernet game of SMPQ, every mixture of five widths, along removal orders. "ours"
-evaluates all rows of a game; the loops cost the same for any row and evaluate a few. B2, B3, B4, B5: see
+CLADO needs; "mixtures": the supernet game of SMPQ, every mixture of five widths, along removal orders; "fixed point":
+with mixture_bits=16. "ours" evaluates all rows of a game; the loops cost the same for any row and evaluate a few. B2, B3, B4, B5: see
 benchmarks/baselines.py. All sides take turns and the ratios are of medians. "int8 limit": onednn's int8 convolutions
 alone, codes in, codes out, for the distinct work of the game. "difference": the largest of our losses from those of B4
 (B2 for mixtures), as a share.
@@ -36,7 +36,9 @@ Rows = NDArray[Any]
 @functools.cache
 def evaluators(name: str) -> TorchEvaluator:
     """The model's evaluator, every slot searched."""
-    settings: dict[str, Any] = {"bits": BITS, "fixed": {}, "renormalize": name.endswith("re-estimated")}
+    settings: dict[str, Any] = {"bits": BITS, "fixed": {}, "renormalize": "re-estimated" in name}
+    if name.endswith("fixed point"):
+        settings["mixture_bits"] = 16
     if name.startswith("ResNet-20"):
         x, y = data.cifar10_kept_out()
         return smpq_ext.evaluator(models.load_resnet20_jpeg(), [(x[:256], y[:256])], **settings)
@@ -97,6 +99,7 @@ GAMES: dict[str, Callable[[TorchEvaluator, np.random.Generator], Rows]] = {
 CASES = [
     *(("ResNet-20", game) for game in GAMES),
     *(("ResNet-20, re-estimated", game) for game in ("chains, interval", "random", "mixtures")),
+    *((f"ResNet-20{kind}, fixed point", "mixtures") for kind in ("", ", re-estimated")),
     *(("MobileNet v1", game) for game in ("chains, interval", "random", "mixtures")),
     *(("MobileNet v1, re-estimated", game) for game in ("chains, interval",)),
     *(("stories260K, weights", game) for game in ("chains, interval", "random")),
