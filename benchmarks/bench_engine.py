@@ -3,10 +3,10 @@
 "chains": prefixes of random orders, each slot falling from the highest width to the lowest ("interval"), or by one
 width at a time ("steps"); "random": coalitions that share nothing but chance; "pairs": two slots lowered at once, as
 CLADO needs; "mixtures": the supernet game of SMPQ, every mixture of five widths, along removal orders; "fixed point":
-with mixture_bits=16. "ours" evaluates all rows of a game; the loops cost the same for any row and evaluate a few. B2, B3, B4, B5: see
-benchmarks/baselines.py. All sides take turns and the ratios are of medians. "int8 limit": onednn's int8 convolutions
-alone, codes in, codes out, for the distinct work of the game. "difference": the largest of our losses from those of B4
-(B2 for mixtures), as a share.
+with mixture_bits=16. "ours" evaluates all rows of a game; the loops cost the same for any row and evaluate a few. B2,
+B3, B4, B5: see benchmarks/baselines.py. All sides take turns and the ratios are of medians. "int8 limit": onednn's int8
+convolutions alone, codes in, codes out, for the distinct work of the game. "difference": the largest of our losses from
+those of B4 (B2 for mixtures), as a share.
 """
 
 from __future__ import annotations

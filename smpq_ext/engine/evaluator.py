@@ -34,8 +34,9 @@ from smpq_ext.engine.samples import Batch
 from smpq_ext.engine.space import candidates, make_space
 
 # Bytes of the largest activation of one forward on a CPU: beyond it, it waits for memory. In lockstep more rows are
-# worth more than that: they share what comes before they part (docs/performance.md).
-CACHE, LOCKSTEP = 4 << 20, 64 << 20
+# worth more than that, for they share what comes before they part; most where every row holds all samples
+# (docs/performance.md).
+CACHE, LOCKSTEP, WHOLE = 4 << 20, 64 << 20, 512 << 20
 
 
 def evaluator(
@@ -277,18 +278,18 @@ class TorchEvaluator:
         count = max(b.size for b in self._run_batches)
         lockstep = self._executor.lockstep is not None
         images = memory // max(1, sample_bytes)
+        whole = self.renormalize or not self._folds
         cached = images
         if self.device.type == "cpu":
             room = memory // (loaded + 2 * sample_bytes)
-            cached = (LOCKSTEP if lockstep else CACHE) // max(1, self._largest(batch, few, room))
+            most = (WHOLE if whole else LOCKSTEP) if lockstep else CACHE
+            cached = most // max(1, self._largest(batch, few, room))
         # In lockstep rows are worth more than samples: they share what comes before they part.
-        most = min(MERGE, count) if lockstep else count
-        whole = self.renormalize or not self._folds
-        self._samples = count if whole else max(MERGE, min(images, cached, most))
+        samples_together = min(MERGE, count) if lockstep else count
+        self._samples = count if whole else max(MERGE, min(images, cached, samples_together))
         self._row_bytes = self._samples * sample_bytes + count * -(-result // few) + loaded + 64 * len(self._parts)
         rows = memory // self._row_bytes
-        if not (whole and lockstep):
-            rows = min(rows, cached // self._samples)
+        rows = min(rows, max(cached // self._samples, 8 if whole and lockstep else 1))
         self.rows_per_batch = max(1, int(rows)) if self._folds else 1
 
     def _largest(self, batch: Batch, few: int, room: int) -> int:
