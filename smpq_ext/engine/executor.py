@@ -182,7 +182,7 @@ class QuantizedLayer:
         elif parent is not None and variant is not None and self.linear and rows[0].numel() >= MERGE * rows.shape[-1]:
             # Nothing is gathered, and nothing put together: a row is multiplied where its parent stands.
             out = rows.new_empty(n, *rows.shape[1:-1], self.variants.shape[1])
-            for y, p, v in zip(out, parent, variant, strict=True):
+            for y, p, v in zip(out, parent.tolist(), variant, strict=True):
                 torch.mm(rows[p].flatten(0, -2), self.variants[v].t(), out=y.view(-1, y.shape[-1]))
             if self.module.bias is not None:
                 out += self.module.bias

@@ -56,7 +56,7 @@ class Lockstep:
         self.floating: Fusion | None = None
         self.attentions: Mapping[int, Attention] = {}
         self.rows: list[_Rows] = []
-        self._found: dict[tuple[int, int | None], Tensor] = {}  # what `_row_of` gave
+        self._found: dict[tuple[int | None, int | None], Tensor] = {}  # what `_row_of` and `_coalition` gave
         self._descent: dict[tuple[int, int], Tensor | None] = {}
         self._fusion: Fusion | None = None  # of the rows that are loaded
         self._codes = False  # whether some of its inputs are codes or fixed point, where NaN is lost
@@ -101,14 +101,14 @@ class Lockstep:
             layer.load(assigned)
         for last, fused in fusion.fused.items():
             source, place = self._input_place(fused), self._place(fused.step)
-            parents, coalitions = (self._index(self.rows[p].coalition) for p in (source, place))
+            parents, coalitions = (self._coalition(p) for p in (source, place))
             self._calls[last] = fusion.call(fused, parents, self._row_of(source, place), coalitions)
 
         def children(source: int, readers: tuple[int, ...]) -> _Children:
             fused = [fusion.by_step[k] for k in readers]
             places = [self._input_place(f) for f in fused]
             rows = [self._row_of(self._place(source), place) for place in places]
-            coalitions = [self._index(self.rows[place].coalition) for place in places]
+            coalitions = [self._coalition(place) for place in places]
             grids = [f.layer.grids(c) for f, c in zip(fused, coalitions, strict=True)]
             return _Children(readers, rows, grids, [f.layer.bits for f in fused])
 
@@ -235,6 +235,12 @@ class Lockstep:
             self._found[source, place] = self._index(row if place is None else row[self.rows[place].coalition])
         return self._found[source, place]
 
+    def _coalition(self, place: int) -> Tensor:
+        """One coalition that has each row of `place`."""
+        if (None, place) not in self._found:
+            self._found[None, place] = self._index(self.rows[place].coalition)
+        return self._found[None, place]
+
     def _index(self, rows: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(rows).to(self._device)
 
@@ -244,7 +250,7 @@ class Lockstep:
         run, rows = self.layers[layer], self.rows[place]
         mixtures = variant = None
         if run.activation is not None:
-            mixtures = run.mixtures[self._index(rows.coalition)]
+            mixtures = run.mixtures[self._coalition(place)]
         if run.weight is not None:
             variant = [run.variant[k] for k in rows.coalition]
         parent = self._parent(source, place)
