@@ -146,3 +146,11 @@ def test_the_engine_gathers_nothing_and_finds_the_same(
     assert bool(calls) == ours
     lockstep.attentions = {}
     np.testing.assert_allclose(found, ev(rows), rtol=1e-4)
+
+
+def test_the_fingerprint_tells_whether_attention_rounds_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = Attends(), [(torch.randn(8, 9, 16), torch.randint(0, 16, (8,)))]
+    ours = smpq_ext.evaluator(model, data, bits=(4, 8)).fingerprint
+    assert smpq_ext.evaluator(model, data, bits=(4, 8)).fingerprint == ours
+    monkeypatch.setattr("smpq_ext.engine.attention.find", lambda graph: {})
+    assert smpq_ext.evaluator(model, data, bits=(4, 8)).fingerprint != ours

@@ -281,7 +281,7 @@ class TorchEvaluator:
         whole = self.renormalize or not self._folds
         cached = images
         if self.device.type == "cpu":
-            room = memory // (loaded + 2 * sample_bytes)
+            room = memory // max(1, loaded + 2 * sample_bytes)
             most = (WHOLE if whole else LOCKSTEP) if lockstep else CACHE
             cached = most // max(1, self._largest(batch, few, room))
         # In lockstep rows are worth more than samples: they share what comes before they part.
@@ -489,7 +489,7 @@ class TorchEvaluator:
         state = [(name, type(m).__qualname__, m.extra_repr(), losses.settings(m)) for name, m in modules.items()]
         code = sorted({losses.source(type(m)) for m in modules.values()})
         lockstep = self._executor.lockstep
-        path = "swap" if lockstep is None else lockstep.paths()
+        path = "swap" if lockstep is None else (lockstep.paths(), sorted(lockstep.attentions))
         versions = (smpq_ext.__version__, torch.__version__, self.device.type, ops.compiled, path)
         for piece in (versions, state, code, self.space, loss):
             sha.update(repr(piece).encode())
