@@ -13,9 +13,9 @@ Tensor coalition_attention(const Tensor& q, const Tensor& k, const Tensor& v, co
   const auto check = [&](const Tensor& x, const char* name, const Tensor& row) {
     SMPQ_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::Float && !x.is_cuda() && x.size(0) % samples == 0, op,
                ": ", name, " ", shape_of(x), " must be float32 [rows * ", samples, ", heads, tokens, size] on the CPU");
-    SMPQ_CHECK(row.scalar_type() == ScalarType::Long && row.is_contiguous() && row.dim() == 1 && row.numel() == rows,
-               op, ": ", name, "_row ", shape_of(row), " must be int64 [", rows, "], as q_row");
-    check_indices(op, row, (std::string(name) + "_row").c_str(), x.size(0) / samples);
+    const std::string row_name = std::string(name) + "_row";
+    check_tensor(op, x, row, row_name.c_str(), ScalarType::Long, {rows});
+    check_indices(op, row, row_name.c_str(), x.size(0) / samples);
     return x.stride(3) == 1 || x.size(3) == 1 ? x : torch::stable::contiguous(x);
   };
   const Tensor qs = check(q, "q", q_row), ks = check(k, "k", k_row), vs = check(v, "v", v_row);

@@ -13,6 +13,12 @@ struct EpilogueTensors {
   std::vector<Child> children;
   std::vector<Candidate> candidates;
   std::vector<Tensor> kept;  // on CUDA: the memory of these three
+
+  template <class T>
+  T* on_device_of(const Tensor& like, int64_t count) {
+    kept.push_back(torch::stable::new_empty(like, {count * static_cast<int64_t>(sizeof(T))}, ScalarType::Byte));
+    return reinterpret_cast<T*>(mutable_data<uint8_t>(kept.back()));
+  }
 };
 
 // The children of every row, put together on the host.
@@ -41,12 +47,8 @@ inline void plan_on_host(const char* op, EpilogueTensors& made, const std::vecto
 // The same in device memory, without waiting for it.
 inline void plan_on_device(EpilogueTensors& made, const Tensor& like, const std::vector<ChildList>& lists, int64_t rows,
                            int64_t total) {
-  const auto memory = [&](int64_t bytes) {
-    made.kept.push_back(torch::stable::new_empty(like, {bytes}, ScalarType::Byte));
-    return static_cast<void*>(mutable_data<uint8_t>(made.kept.back()));
-  };
-  auto* first = static_cast<int64_t*>(memory(rows * sizeof(int64_t)));
-  auto* children = static_cast<Child*>(memory(total * sizeof(Child)));
+  auto* first = made.on_device_of<int64_t>(like, rows);
+  auto* children = made.on_device_of<Child>(like, total);
   made.epilogue.child_begin = first;
   made.epilogue.children = children;
   launch(
@@ -118,9 +120,7 @@ inline EpilogueTensors make_epilogue(const char* op, const Tensor& like, int64_t
   }
   Candidate* folded = nullptr;
   if (on_device(like)) {
-    made.kept.push_back(
-        torch::stable::new_empty(like, {candidates * static_cast<int64_t>(sizeof(Candidate))}, ScalarType::Byte));
-    folded = reinterpret_cast<Candidate*>(mutable_data<uint8_t>(made.kept.back()));
+    folded = made.on_device_of<Candidate>(like, candidates);
   } else {
     made.candidates.resize(candidates);
     folded = made.candidates.data();

@@ -21,9 +21,10 @@ void block(const EpilogueArgs& a, int64_t row, int64_t first, int64_t last, int6
   const int64_t channels = e.channels;
   const bool affine = e.scale;
   int64_t pixel = first;
-  const auto some = [&](auto& y, auto count) __attribute__((always_inline)) {
+  const auto some = [&](auto count) __attribute__((always_inline)) {
     constexpr int T = decltype(count)::value;
     for (; pixel + T <= last; pixel += T) {
+      Floats y[T];
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
         load_lanes<whole>(y[t], x + (pixel + t) * channels, n);
@@ -32,9 +33,8 @@ void block(const EpilogueArgs& a, int64_t row, int64_t first, int64_t last, int6
       finish_lanes<T, whole>(e, row, pixel, channel, y, n);
     }
   };
-  Floats y[8], one[1];
-  some(y, std::integral_constant<int, 8>{});
-  some(one, std::integral_constant<int, 1>{});
+  some(std::integral_constant<int, 8>{});
+  some(std::integral_constant<int, 1>{});
 }
 
 // At most four channels, as in an image: four pixels at once.

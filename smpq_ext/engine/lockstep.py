@@ -263,7 +263,7 @@ class Lockstep:
         if (source, place) not in self._descent:
             rows = self.rows[source].row[self.rows[place].coalition]
             same = np.array_equal(rows, np.arange(len(self.rows[source].coalition)))
-            self._descent[source, place] = None if same else self._index(rows)
+            self._descent[source, place] = None if same else self._row_of(source, place)
         return self._descent[source, place]
 
     def _descend(self, value: Any, source: int | None, place: int) -> Any:
