@@ -47,9 +47,10 @@ template <class X>
 std::vector<Tensor> run(const Tensor& x, const Tensor& padding, const Tensor& weight, const Tensor& start,
                         const Tensor& parent, const Tensor& variant, const Tensor& scale, const Tensor& bias,
                         const OptionalTensor& norm, double eps, const OptionalTensor& residual,
-                        const OptionalTensor& residual_row, double low, double high, std::vector<int64_t> geometry,
-                        bool depthwise, bool values, const std::vector<Tensor>& child_row,
-                        const std::vector<Tensor>& child_grid, std::vector<int64_t> child_bits) {
+                        const OptionalTensor& residual_row, bool multiplies, double low, double high,
+                        int64_t activation, std::vector<int64_t> geometry, bool depthwise, bool values,
+                        const std::vector<Tensor>& child_row, const std::vector<Tensor>& child_grid,
+                        std::vector<int64_t> child_bits) {
   SMPQ_CHECK((std::is_same_v<X, uint8_t>) || !on_device(x), op, ": on CUDA x must be codes, uint8");
   using Args = ConvolutionArgs<X>;
   using Weight = typename Args::Weight;
@@ -111,9 +112,9 @@ std::vector<Tensor> run(const Tensor& x, const Tensor& padding, const Tensor& we
   a.out_height = out[0];
   a.out_width = out[1];
   const Normalization normalization(op, x, norm, eps, a.rows, channels, scale, bias);
-  EpilogueTensors made =
-      make_epilogue(op, x, a.rows, {a.samples, a.out_height, a.out_width}, channels, normalization.scale,
-                    normalization.bias, residual, residual_row, low, high, values, child_row, child_grid, child_bits);
+  EpilogueTensors made = make_epilogue(op, x, a.rows, {a.samples, a.out_height, a.out_width}, channels,
+                                       normalization.scale, normalization.bias, residual, residual_row, multiplies, low,
+                                       high, activation, values, child_row, child_grid, child_bits);
   made.out.insert(made.out.begin() + 1, normalization.statistics);
   a.epilogue = made.epilogue;
   a.x = data<X>(x);
@@ -130,15 +131,15 @@ std::vector<Tensor> coalition_convolution(const Tensor& x, const Tensor& padding
                                           const Tensor& start, const Tensor& parent, const Tensor& variant,
                                           const Tensor& scale, const Tensor& bias, const OptionalTensor& norm,
                                           double eps, const OptionalTensor& residual,
-                                          const OptionalTensor& residual_row, double low, double high,
-                                          std::vector<int64_t> geometry, bool depthwise, bool values,
-                                          const std::vector<Tensor>& child_row, const std::vector<Tensor>& child_grid,
-                                          std::vector<int64_t> child_bits) {
+                                          const OptionalTensor& residual_row, bool multiplies, double low, double high,
+                                          int64_t activation, std::vector<int64_t> geometry, bool depthwise,
+                                          bool values, const std::vector<Tensor>& child_row,
+                                          const std::vector<Tensor>& child_grid, std::vector<int64_t> child_bits) {
   const auto of_type = x.scalar_type() == ScalarType::Float   ? run<float>
                        : x.scalar_type() == ScalarType::Short ? run<int16_t>
                                                               : run<uint8_t>;
-  return of_type(x, padding, weight, start, parent, variant, scale, bias, norm, eps, residual, residual_row, low, high,
-                 geometry, depthwise, values, child_row, child_grid, child_bits);
+  return of_type(x, padding, weight, start, parent, variant, scale, bias, norm, eps, residual, residual_row, multiplies,
+                 low, high, activation, geometry, depthwise, values, child_row, child_grid, child_bits);
 }
 
 }  // namespace
@@ -146,9 +147,9 @@ std::vector<Tensor> coalition_convolution(const Tensor& x, const Tensor& padding
 STABLE_TORCH_LIBRARY_FRAGMENT(SMPQ_LIBRARY, m) {
   m.def(
       "coalition_convolution(Tensor x, Tensor padding, Tensor weight, Tensor start, Tensor parent, Tensor variant, "
-      "Tensor scale, Tensor bias, Tensor? norm, float eps, Tensor? residual, Tensor? residual_row, float low, float "
-      "high, SymInt[] geometry, "
-      "bool depthwise, bool values, Tensor[] child_row, Tensor[] child_grid, SymInt[] child_bits) -> Tensor[]");
+      "Tensor scale, Tensor bias, Tensor? norm, float eps, Tensor? residual, Tensor? residual_row, bool "
+      "multiplies, float low, float high, int activation, SymInt[] geometry, bool depthwise, bool values, Tensor[] "
+      "child_row, Tensor[] child_grid, SymInt[] child_bits) -> Tensor[]");
 }
 
 SMPQ_REGISTER("coalition_convolution", coalition_convolution)

@@ -64,9 +64,10 @@ inline void plan_on_device(EpilogueTensors& made, const Tensor& like, const std:
 // [children, 4], of codes; and the share, [children, candidates, 5], of every candidate of mixtures.
 inline EpilogueTensors make_epilogue(const char* op, const Tensor& like, int64_t rows, const std::vector<int64_t>& size,
                                      int64_t channels, const OptionalTensor& scale, const OptionalTensor& bias,
-                                     const OptionalTensor& residual, const OptionalTensor& residual_row, double low,
-                                     double high, bool values, const std::vector<Tensor>& child_row,
-                                     const std::vector<Tensor>& child_grid, const std::vector<int64_t>& child_bits) {
+                                     const OptionalTensor& residual, const OptionalTensor& residual_row,
+                                     bool multiplies, double low, double high, int64_t activation, bool values,
+                                     const std::vector<Tensor>& child_row, const std::vector<Tensor>& child_grid,
+                                     const std::vector<int64_t>& child_bits) {
   SMPQ_CHECK(channels > 0, op, ": there are no channels");
   EpilogueTensors made;
   Epilogue& e = made.epilogue;
@@ -90,6 +91,10 @@ inline EpilogueTensors make_epilogue(const char* op, const Tensor& like, int64_t
   }
   e.residual = data<float>(residual);
   e.residual_row = data<int64_t>(residual_row);
+  e.multiplies = multiplies;
+  SMPQ_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::hardswish), op,
+             ": activation must be from 0 to 4, not ", activation);
+  e.activation = static_cast<Activation>(activation);
   const auto shape = [&](int64_t n, int64_t c) { return std::vector<int64_t>{n, size[0], size[1], size[2], c}; };
   made.out.push_back(torch::stable::new_empty(like, shape(values ? rows : 0, channels), ScalarType::Float));
   e.values = values ? mutable_data<float>(made.out[0]) : nullptr;

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "quant_math.h"
+#include "activation.h"
 
 namespace smpq {
 
@@ -98,14 +98,16 @@ struct ChildList {
 };
 
 // What becomes of the products of a layer, pixel by pixel, [channels] being the fastest dimension:
-// value = clamp(product * scale + bias + residual, low, high), and what every child makes of it. Codes have their own
-// number of channels, a multiple of four; those beyond `channels` are 0.
+// value = activation(clamp(product * scale + bias + residual, low, high)), and what every child makes of it. Codes have
+// their own number of channels, a multiple of four; those beyond `channels` are 0.
 struct Epilogue {
   const float* scale;           // [rows, channels]
   const float* bias;            // [rows, channels]
   const float* residual;        // [residual rows, pixels, channels], or null
   const int64_t* residual_row;  // [rows]
+  bool multiplies;              // the residual is a factor instead
   float low, high;
+  Activation activation;
   float* values;               // [rows, pixels, channels], or null
   const int64_t* child_begin;  // [rows + 1]; on CUDA [rows]: the first child of each row, or -1
   const Child* children;
@@ -151,6 +153,8 @@ struct EpilogueArgs {
   const int64_t* parent;  // [rows], or null
   int64_t first_row, rows;
   Epilogue epilogue;
+  bool* broken = nullptr;  // [rows, samples]: where a sample holds NaN it becomes true
+  int64_t plane = 1;       // pixels of a sample
 };
 
 // Every row by its own mean and biased variance, from [parts] sums and sums of squares of its values.

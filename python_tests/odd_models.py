@@ -18,7 +18,7 @@ class Function(nn.Module):
     def __init__(self, function: Callable[..., Any], *layers: nn.Module) -> None:
         super().__init__()
         self.function = function
-        for name, layer in zip("abcdef", layers, strict=False):
+        for name, layer in zip("abcdefg", layers, strict=False):
             self.add_module(name, layer)
 
     def forward(self, *inputs: Tensor) -> Any:
@@ -237,6 +237,19 @@ def normed_shortcut() -> Case:
     return Function(forward, *layers), planes(8)
 
 
+def gated() -> Case:
+    """Activations other than ReLU, factors, and a sum of branches with choices of their own, as in language models."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = x + self.c(F.silu(self.a(x)) * self.b(x))
+        x = F.gelu(self.d(x), approximate="tanh") + self.e(F.hardswish(self.f(x)))
+        return self.g(F.gelu(x)).mean(1)
+
+    sizes = (6, 8), (6, 8), (8, 6), (6, 5), (4, 5), (6, 4), (5, 4)
+    tokens = [(torch.randn(9, 3, 6), torch.randint(0, 4, (9,))) for _ in range(2)]
+    return Function(forward, *(nn.Linear(*size) for size in sizes)), tokens
+
+
 def weight_used_elsewhere() -> Case:
     """A weight that the model also multiplies by itself: that product would not be quantized."""
 
@@ -274,7 +287,7 @@ MODELS: dict[str, Callable[[], Case]] = {
         *(other_sizes, optional_input, named_inputs, last_token, class_token, read_twice, input_read_late),
         *(norm_of_vectors, reflected, output_size, integer_sum, input_without_samples, returned_size),
         *(norm_with_activation, residual_blocks, huge_sums, other_layouts, squeeze_and_excite, normed_shortcut),
-        *(weight_used_elsewhere, padded_outside),
+        *(gated, weight_used_elsewhere, padded_outside),
     )
 }
 FALL_BACK = {  # and what the note says

@@ -1,4 +1,4 @@
-"""coalition_convolution and coalition_epilogue against their plain-torch twins, bit for bit."""
+"""coalition_convolution and coalition_epilogue against their plain-torch twins, bit for bit but for activations."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def convolutions(draw: st.DrawFn) -> tuple[Any, ...]:
         integers(0, variants, rows),
         torch.rand(rows, outs, generator=generator) * 1e-2,
         torch.randn(rows, outs, generator=generator),
-        *(norm, 1e-5, residual, residual_row),
-        *draw(st.sampled_from([(0.0, 6.0), (-1e30, 1e30), (0.0, 3.4e38)])),
+        *(norm, 1e-5, residual, residual_row, draw(st.booleans())),
+        *(*draw(st.sampled_from([(0.0, 6.0), (-1e30, 1e30), (0.0, 3.4e38)])), 0),
         [*kernel, *stride, *before, *after, *dilation],
         *(depthwise, draw(st.booleans())),
         *children(rows, generator, draw(st.integers(0, 4))),
@@ -130,7 +130,7 @@ def epilogues(draw: st.DrawFn) -> tuple[Any, ...]:
         torch.randn(2, channels, generator=generator).double() if normalized else None,
         *(1e-5, residual),
         None if residual is None else torch.randint(0, 2, (rows,), generator=generator),
-        *(draw(st.sampled_from([-1e30, 0.0])), 1e30, draw(st.booleans())),
+        *(draw(st.booleans()), draw(st.sampled_from([-1e30, 0.0])), 1e30, 0, draw(st.booleans()), draw(st.booleans())),
         *children(rows, generator, draw(st.integers(0, 4))),
     )
 
@@ -138,6 +138,43 @@ def epilogues(draw: st.DrawFn) -> tuple[Any, ...]:
 @given(arguments=epilogues())
 def test_epilogues_are_their_twin_bit_for_bit(device: str, arguments: tuple[Any, ...]) -> None:
     is_twin("coalition_epilogue", device, arguments)
+
+
+@pytest.mark.parametrize("activation", range(1, len(reference.ACTIVATIONS)))
+@given(data=st.data())
+def test_activations_are_those_of_torch_and_children_those_of_the_values(
+    device: str, activation: int, data: st.DataObject
+) -> None:
+    given_ = list(data.draw(convolutions() if data.draw(st.booleans()) else epilogues()))
+    convolution = len(given_) == 22
+    op = "coalition_convolution" if convolution else "coalition_epilogue"
+    given_[15 if convolution else 11], given_[18 if convolution else 12] = activation, True
+    ours, theirs = getattr(ops._smpq, op)(*on(device, tuple(given_))), getattr(reference, op)(*given_)
+    values, expected = ours[0].cpu(), theirs[0]
+    # 1 + erf or 1 + tanh cancel where x is far below 0, in torch as here.
+    before = given_.copy()
+    before[15 if convolution else 11] = 0
+    x = getattr(reference, op)(*before)[0]
+    assert ((values - expected).abs() <= 5e-7 * x.abs().clamp(min=1e-3))[expected.isfinite()].all()
+    rows = torch.arange(len(values))
+    plain = None, None, None, 0.0, None, None, False, -torch.inf, torch.inf, 0, True, False
+    again = reference.coalition_epilogue(values, rows, *plain, *given_[-3:])
+    for a, b in zip(ours[2 if convolution else 3 :], again[3:], strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("activation", range(1, len(reference.ACTIVATIONS)))
+def test_activations_err_little_everywhere(device: str, activation: int) -> None:
+    x = torch.cat([torch.linspace(-30, 30, 1 << 16), 10 ** torch.linspace(-30, 30, 1 << 12), torch.tensor([torch.inf])])
+    x = torch.cat([x, -x[:-1]]).view(1, 1, 1, -1, 1).expand(-1, -1, -1, -1, 16).contiguous()
+    settings = None, None, None, 0.0, None, None, False, -torch.inf, torch.inf, activation, True, False
+    ours = ops._smpq.coalition_epilogue(
+        x.to(device), torch.zeros(1, dtype=torch.int64, device=device), *settings, [], [], []
+    )
+    exact = reference.ACTIVATIONS[activation](x.double())
+    assert torch.equal(ours[0].isinf().cpu(), exact.isinf())
+    error = (ours[0].cpu().double() - exact).abs() / x.double().abs().clamp(min=1e-3)
+    assert error[exact.isfinite()].max() < 5e-7
 
 
 def example() -> list[Any]:
@@ -149,7 +186,7 @@ def example() -> list[Any]:
         pack(torch.randint(-7, 8, (2, 6, 4, 3, 3)).to(torch.int8), False, 4),
         torch.zeros(2, 16, dtype=torch.int32),
         *(torch.tensor([0, 1]), torch.tensor([1, 1])),
-        *(torch.rand(2, 6), torch.rand(2, 6), torch.rand(2, 6).double(), 1e-5, None, None, 0.0, 6.0),
+        *(torch.rand(2, 6), torch.rand(2, 6), torch.rand(2, 6).double(), 1e-5, None, None, False, 0.0, 6.0, 0),
         *([3, 3, 1, 1, 1, 1, 1, 1, 1, 1], False, True, [rows], [grids], [8]),
     ]
 
@@ -158,7 +195,7 @@ def test_any_number_of_layers_reads_a_value(device: str) -> None:
     x, rows = torch.randn(3, 2, 4, 4, 5), torch.arange(3)
     grids = torch.tensor([[0.1, 3, 0, 15], [0.2, 0, 0, 255]])
     lists = [[torch.randint(0, 3, (2,)) for _ in range(70)], [grids] * 70, [8] * 70]
-    arguments = (x, rows, None, None, None, 0.0, None, None, 0.0, 6.0, True, *lists)
+    arguments = (x, rows, None, None, None, 0.0, None, None, False, 0.0, 6.0, 0, True, False, *lists)
     ours = ops._smpq.coalition_epilogue(*on(device, arguments))
     for a, b in zip(ours, reference.coalition_epilogue(*arguments), strict=True):
         assert torch.equal(a.cpu(), b)
@@ -170,7 +207,8 @@ def test_opcheck_on_the_cpu() -> None:
     rows, grids, _ = example()[-3:]
     mixed = [torch.rand(2, 3, 5).ceil()]
     for bits, grid in ((8, grids), (16, mixed), (32, mixed)):
-        arguments = (x, torch.tensor([1, 0, 0]), None, None, None, 0.0, None, None, 0.0, 6.0, True, rows, grid, [bits])
+        settings = None, None, None, 0.0, None, None, False, 0.0, 6.0, 0, True, True
+        arguments = (x, torch.tensor([1, 0, 0]), *settings, rows, grid, [bits])
         torch.library.opcheck(torch.ops.smpq.coalition_epilogue.default, arguments)
 
 
@@ -187,14 +225,15 @@ def test_opcheck_on_the_cpu() -> None:
         (6, torch.rand(2, 17), "blocks of 16"),
         (8, torch.zeros(2, 6), "norm"),
         (10, torch.zeros(1, 3, 5, 5, 6), "residual"),
-        (14, [9, 9, 1, 1, 0, 0, 0, 0, 1, 1], "weight"),
-        (14, [3, 3, 1, 1], "geometry"),
-        (14, [3, 3, 2, 2, 0, 0, 0, 0, 3, 3], "larger than the padded x"),
-        (17, [torch.tensor([0, 5])], r"child_row\[1\] is 5"),
-        (18, [torch.tensor([[0.1, 0, 0]])], "child_grid"),
-        (19, [7], "child_bits"),
-        (19, [8, 8], "as many entries"),
-        (18, [torch.tensor([[0.1, 0, 0, 300], [0.1, 0, 0, 1]])], "0 to 255"),
+        (16, [9, 9, 1, 1, 0, 0, 0, 0, 1, 1], "weight"),
+        (16, [3, 3, 1, 1], "geometry"),
+        (16, [3, 3, 2, 2, 0, 0, 0, 0, 3, 3], "larger than the padded x"),
+        (15, 5, "activation must be from 0 to 4, not 5"),
+        (19, [torch.tensor([0, 5])], r"child_row\[1\] is 5"),
+        (20, [torch.tensor([[0.1, 0, 0]])], "child_grid"),
+        (21, [7], "child_bits"),
+        (21, [8, 8], "as many entries"),
+        (20, [torch.tensor([[0.1, 0, 0, 300], [0.1, 0, 0, 1]])], "0 to 255"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_on_the_cpu(position: int, value: Any, message: str) -> None:
@@ -212,6 +251,6 @@ def test_no_channels_and_other_channels_are_refused_on_the_cpu() -> None:
     with pytest.raises(RuntimeError, match="there are no channels"):
         torch.ops.smpq.coalition_convolution(*arguments)
     arguments = example()
-    arguments[2], arguments[15] = torch.zeros(2, 1, 9, 16, dtype=torch.int8), True
+    arguments[2], arguments[17] = torch.zeros(2, 1, 9, 16, dtype=torch.int8), True
     with pytest.raises(RuntimeError, match="depthwise layer needs 8"):
         torch.ops.smpq.coalition_convolution(*arguments)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import smpq_ext
 from smpq_ext import _C
 from smpq_ext.core import Plan, SmpqError
+from smpq_ext.engine import evaluator
 from smpq_ext.engine.executor import Meter
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -182,6 +183,56 @@ def test_a_block_of_a_residual_network_is_two_calls() -> None:
             if k not in lockstep.integer.absorbed and k not in lockstep.integer.fused and step.place is not None
         }
         assert torch.ops.aten.add.Tensor not in left and torch.ops.aten.relu.default not in left
+
+
+def test_what_ends_a_layer_is_part_of_its_call() -> None:
+    """Also where branches meet that have choices of their own."""
+    gelu_tanh, silu, hardswish = 2, 3, 4
+    expected = {
+        "gated": [("a", silu, ""), ("b", 0, "*"), ("c", 0, "+"), ("d", gelu_tanh, ""), ("f", hardswish, "")],
+        "normed_shortcut": [("a", 0, ""), ("b", 0, "+"), ("d", 0, ""), ("f", 0, "")],
+    }
+    for name, calls in expected.items():
+        model, data = odd_models.build(name)
+        for mixed in (False, True):
+            lockstep = smpq_ext.evaluator(model, data, bits=(3, 8), fixed={})._executor.lockstep
+            fused = (lockstep.floating if mixed else lockstep.integer).fused.values()
+            found = [
+                (f.layer.layer.name, f.activation, "" if f.residual is None else "+*"[f.multiplies]) for f in fused
+            ]
+            assert set(calls) <= set(found)
+
+
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (6, 5, 5)])
+def test_nan_stays_where_it_is(shape: tuple[int, ...]) -> None:
+    """Rows and samples whose outputs are NaN are those of the model itself."""
+
+    class Divides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = (lambda: nn.Conv2d(6, 6, 1, bias=False)) if len(shape) == 3 else lambda: nn.Linear(6, 6, bias=False)
+            self.a, self.b = layer(), layer()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return self.b(y / y.abs().sum(tuple(range(1, y.dim())), keepdim=True))
+
+    torch.manual_seed(0)
+    x = torch.randn(9, *shape)
+    x[[2, 5]] /= 50  # all zeros at two bits
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.nan_to_num().square().mean()
+
+    ev = smpq_ext.evaluator(Divides(), [(x, torch.zeros(9))], bits=(2, 8), fixed={}, loss=loss)
+    rows = ev.space.one_hot(np.array([[1] * len(ev.slots), [0] * len(ev.slots), [1] * len(ev.slots)], np.int8))
+    with evaluator._Loaded(ev, rows):
+        ours = ev._executor.forward(ev.batches[0], 0, 9)
+    with evaluator._Loaded(ev, rows, assigned=False):
+        theirs = ev._executor.forward(ev.batches[0], 0, 9, ev._executor.model)
+    broken = ours.unflatten(0, (3, 9)).flatten(2).isnan().all(2)
+    assert torch.equal(broken, theirs.unflatten(0, (3, 9)).flatten(2).isnan().any(2))
+    assert broken.any() and not broken.all()
 
 
 @pytest.mark.parametrize("residual", [False, True])

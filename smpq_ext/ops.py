@@ -375,15 +375,18 @@ def _(x, scale, zero_point, quant_min, quant_max, axis):  # type: ignore[no-unty
 
 @torch.library.register_fake("smpq::coalition_convolution")
 def _(x, padding, weight, start, parent, variant, scale, bias, norm, eps, *rest):  # type: ignore[no-untyped-def]
-    _residual, _residual_row, _low, _high, geometry, _depthwise, values, child_row, _child_grid, child_bits = rest
+    *_, geometry, _depthwise, values, child_row, _child_grid, child_bits = rest
     sizes = zip(x.shape[2:4], *(geometry[i : i + 2] for i in (0, 2, 4, 6, 8)), strict=True)
     size = [(n + p + q - d * (k - 1) - 1) // s + 1 for n, k, s, p, q, d in sizes]
     return _new_epilogue(scale, len(parent), [x.shape[1], *size], scale.shape[1], norm, values, child_row, child_bits)
 
 
 @torch.library.register_fake("smpq::coalition_epilogue")
-def _(x, parent, scale, bias, norm, eps, residual, residual_row, low, high, values, child_row, _child_grid, child_bits):  # type: ignore[no-untyped-def]
-    return _new_epilogue(x, len(parent), x.shape[1:4], x.shape[4], norm, values, child_row, child_bits)
+def _(x, parent, scale, bias, norm, eps, *rest):  # type: ignore[no-untyped-def]
+    *_, values, find_nan, child_row, _child_grid, child_bits = rest
+    out = _new_epilogue(x, len(parent), x.shape[1:4], x.shape[4], norm, values, child_row, child_bits)
+    out.insert(2, x.new_empty((len(parent) if find_nan else 0, x.shape[1]), dtype=torch.bool))
+    return out
 
 
 @torch.library.register_fake("smpq::coalition_attention")

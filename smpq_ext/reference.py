@@ -8,10 +8,12 @@ the gradients, which are equal up to rounding.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def broadcast(parameter: Tensor, x: Tensor, axis: int | None, group_size: int | None) -> Tensor:
@@ -165,6 +167,9 @@ def quantization_error(
     return torch.stack(errors).float() if errors else scale.new_empty(scale.shape)
 
 
+ACTIVATIONS = (None, F.gelu, functools.partial(F.gelu, approximate="tanh"), F.silu, F.hardswish)
+
+
 def coalition_convolution(
     x: Tensor,
     padding: Tensor,
@@ -178,8 +183,10 @@ def coalition_convolution(
     eps: float,
     residual: Tensor | None,
     residual_row: Tensor | None,
+    multiplies: bool,
     low: float,
     high: float,
+    activation: int,
     geometry: Sequence[int],
     depthwise: bool,
     values: bool,
@@ -193,7 +200,8 @@ def coalition_convolution(
     float32; padding [parents]: what stands for 0, as x; weight: [variants, blocks of 16 out, taps, channels / g, 16,
     g], or [variants, blocks of 16 channels, taps, 16] where depthwise, int8 (g = 4), int16 (g = 2) or float32 (g = 1);
     start: [rows, out up to a multiple of 16], int32, or float32; geometry: kernel, stride, padding before and after,
-    and dilation, for height and width each. Sums of whole numbers fit into 32 bits. The rest: `coalition_epilogue`.
+    and dilation, for height and width each. Sums of whole numbers fit into 32 bits. The rest: `coalition_epilogue`,
+    but for find_nan.
     """
     kernel, stride, before, after, dilation = (list(geometry[i : i + 2]) for i in (0, 2, 4, 6, 8))
     if depthwise:
@@ -215,10 +223,11 @@ def coalition_convolution(
         size = [(n + p + q - d * (k - 1) - 1) // s + 1 for n, k, s, p, q, d in sizes]
         products = scale.new_empty(0, x.shape[1], *size, scale.shape[1], dtype=torch.float64)
     rows = torch.arange(len(products), device=x.device)
-    return coalition_epilogue(
-        *(products, rows, scale, bias, norm, eps, residual, residual_row, low, high),
-        *(values, child_row, child_grid, child_bits),
+    values_and_children = coalition_epilogue(
+        *(products, rows, scale, bias, norm, eps, residual, residual_row, multiplies, low, high, activation),
+        *(values, False, child_row, child_grid, child_bits),
     )
+    return values_and_children[:2] + values_and_children[3:]
 
 
 def coalition_epilogue(
@@ -230,25 +239,31 @@ def coalition_epilogue(
     eps: float,
     residual: Tensor | None,
     residual_row: Tensor | None,
+    multiplies: bool,
     low: float,
     high: float,
+    activation: int,
     values: bool,
+    find_nan: bool,
     child_row: Sequence[Tensor],
     child_grid: Sequence[Tensor],
     child_bits: Sequence[int],
 ) -> list[Tensor]:
-    """Row i is clamp(x[parent[i]] * scale[i] + bias[i] + residual[residual_row[i]], low, high); then its codes.
+    """Row i is f(clamp(x[parent[i]] * scale[i] + bias[i] + residual[residual_row[i]], low, high)); then its codes.
 
-    x: float32 [parents, samples, height, width, channels]; scale, bias: [rows, channels]; residual as x. norm: the
-    weight and bias of a normalization by each row's own mean and biased variance, float64 [2, channels], after scale
-    and bias, eps added to the variance. child_row[k] [children]: the rows that list k descends from; child_bits[k]:
-    what they become. 8: codes, uint8; child_grid[k] [children, 4] holds scale, zero point and bounds. 16 and 32:
-    mixtures, int16, rounded, and float32; child_grid[k] [children, candidates, 5] holds the share of each candidate,
-    too. Returns the rows (none unless `values`), their means and variances [rows, 2, channels] (none without norm), and
-    each list [children, samples, height, width, channels], codes and int16 with channels up to a multiple of 4, those
-    beyond 0. NaN stays among floats, has the lowest code, and is -32767 in int16.
+    f is ACTIVATIONS[activation], up to rounding. x: float32 [parents, samples, height, width, channels]; scale, bias:
+    [rows, channels]; residual as x, a factor where it `multiplies`. norm: the weight and bias of a normalization by
+    each row's own mean and biased variance, float64 [2, channels], after scale and bias, eps added to the variance.
+    child_row[k] [children]: the rows that list k descends from; child_bits[k]: what they become. 8: codes, uint8;
+    child_grid[k] [children, 4] holds scale, zero point and bounds. 16 and 32: mixtures, int16, rounded, and float32;
+    child_grid[k] [children, candidates, 5] holds the share of each candidate, too. Returns the rows (none unless
+    `values`), their means and variances [rows, 2, channels] (none without norm), where x holds NaN, bool [rows,
+    samples] (no rows unless `find_nan`), and each list [children, samples, height, width, channels], codes and int16
+    with channels up to a multiple of 4, those beyond 0. NaN stays among floats, has the lowest code, and is -32767 in
+    int16.
     """
     y = x[parent]
+    broken = y.isnan().any((2, 3, 4)) if find_nan else y.new_empty((0, x.shape[1]), dtype=torch.bool)
     statistics = y.new_empty(0, 2, x.shape[-1], dtype=torch.float32)
     if norm is not None:
         if scale is None or bias is None:
@@ -263,8 +278,10 @@ def coalition_epilogue(
     if scale is not None and bias is not None:
         y = y * scale[:, None, None, None] + bias[:, None, None, None]
     if residual is not None and residual_row is not None:
-        y = y + residual[residual_row]
+        y = y * residual[residual_row] if multiplies else y + residual[residual_row]
     y = y.clamp(low, high)
+    if (function := ACTIVATIONS[activation]) is not None:
+        y = function(y)
     children = []
     for rows, grid, bits in zip(child_row, child_grid, child_bits, strict=True):
         if bits == 8:
@@ -285,7 +302,7 @@ def coalition_epilogue(
         if bits < 32:
             child = torch.nn.functional.pad(child, (0, -y.shape[-1] % 4))
         children.append(child.to({8: torch.uint8, 16: torch.int16, 32: torch.float32}[bits]))
-    return [y if values else y[:0], statistics, *children]
+    return [y if values else y[:0], statistics, broken, *children]
 
 
 def coalition_attention(

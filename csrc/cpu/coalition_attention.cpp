@@ -24,6 +24,19 @@ SMPQ_INLINE void multiply_add(Floats& sum, const Floats& a, float b) {
 // exp(x) for x <= 0 within 2 units of the last place; 0 below -87, where it would be denormal; NaN stays. Reduction and
 // polynomial are those of Cephes' expf.
 SMPQ_INLINE void exponential(Floats& x) {
+#if defined(__AVX512F__)
+  const __m512 given = reinterpret_cast<const __m512&>(x), one = _mm512_set1_ps(1.0f);
+  const __m512 whole = _mm512_maskz_roundscale_ps(0xffff, _mm512_mul_ps(given, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 r = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693359375f), given);
+  r = _mm512_fnmadd_ps(whole, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 y = _mm512_set1_ps(1.9875691500e-4f);
+  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
+  }
+  y = _mm512_fmadd_ps(_mm512_fmadd_ps(y, r, one), r, one);
+  const __mmask16 counts = _mm512_cmp_ps_mask(given, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
+  reinterpret_cast<__m512&>(x) = _mm512_maskz_scalef_ps(counts, y, whole);
+#else
   const Floats whole = (x * 1.44269504088896341f + kRound) - kRound;
   const Floats r = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
   Floats y = Floats{} + 1.9875691500e-4f;
@@ -38,6 +51,7 @@ SMPQ_INLINE void exponential(Floats& x) {
   Floats factor;
   load(factor, &power);
   x = x < -87.0f ? Floats{} : y * factor;
+#endif
 }
 
 // The memory of one head.

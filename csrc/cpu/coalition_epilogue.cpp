@@ -10,6 +10,19 @@ const float* values_of(const EpilogueArgs& a, int64_t row) {
   return a.values + (a.parent ? a.parent[row] : row - a.first_row) * a.epilogue.pixels * a.epilogue.channels;
 }
 
+// Marks the samples of pixels [pixel, pixel + T) that hold NaN in one of these channels.
+template <int T>
+SMPQ_INLINE void find_nan(const EpilogueArgs& a, int64_t row, int64_t pixel, const Floats (&y)[T]) {
+  Ints found{};
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) found |= y[t] != y[t];
+  if (!any(found)) return;
+  for (int t = 0; t < T; ++t) {
+    const bool broken = any(y[t] != y[t]);
+    if (broken) __atomic_store_n(a.broken + (row * a.epilogue.pixels + pixel + t) / a.plane, true, __ATOMIC_RELAXED);
+  }
+}
+
 template <bool whole>
 void block(const EpilogueArgs& a, int64_t row, int64_t first, int64_t last, int64_t channel) {
   const Epilogue& e = a.epilogue;
@@ -28,7 +41,11 @@ void block(const EpilogueArgs& a, int64_t row, int64_t first, int64_t last, int6
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
         load_lanes<whole>(y[t], x + (pixel + t) * channels, n);
-        if (affine) y[t] = y[t] * scale + bias;
+      }
+      if (a.broken) find_nan(a, row, pixel, y);
+      if (affine) {
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) y[t] = y[t] * scale + bias;
       }
       finish_lanes<T, whole>(e, row, pixel, channel, y, n);
     }
@@ -68,9 +85,17 @@ void narrow(const EpilogueArgs& a, int64_t row, int64_t first, int64_t last) {
     Floats y, added;
     load(y, value);
     load(added, other);
+    if (a.broken) {
+      for (int k = 0; k < pixels; ++k) {
+        Floats one{};
+        std::memcpy(&one, value + k * kWide, bytes);
+        find_nan<1>(a, row, pixel + k, {one});
+      }
+    }
     if (e.scale) y = y * scale + bias;
-    if (residual) y += added;
+    if (residual) y = e.multiplies ? y * added : y + added;
     clamp(y, e.low, e.high);
+    activate_all(&y, 1, e.activation);
     if (e.values) put(e.values + row * e.pixels * e.channels, pixel, pixels, y);
     for (int64_t c = e.child_begin[row]; c < e.child_begin[row + 1]; ++c) {
       const Child& child = e.children[c];

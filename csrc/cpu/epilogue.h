@@ -116,8 +116,30 @@ SMPQ_INLINE void store_whole(void* to, V& v, [[maybe_unused]] int n) {
   }
 }
 
-template <int T, bool whole>
-SMPQ_INLINE void finish_lanes(const Epilogue& e, int64_t row, int64_t pixel, int64_t channel, Floats (&y)[T], int n) {
+template <Activation activation>
+void activate_all(Floats* y, int count) {
+#pragma GCC unroll 2
+  for (int t = 0; t < count; ++t) activate<activation>(y[t]);
+}
+
+__attribute__((noinline)) void activate_all(Floats* y, int count, Activation activation) {
+  switch (activation) {
+    case Activation::gelu:
+      return activate_all<Activation::gelu>(y, count);
+    case Activation::gelu_tanh:
+      return activate_all<Activation::gelu_tanh>(y, count);
+    case Activation::silu:
+      return activate_all<Activation::silu>(y, count);
+    case Activation::hardswish:
+      return activate_all<Activation::hardswish>(y, count);
+    case Activation::none:
+      return;
+  }
+}
+
+// plain: no factor, no activation.
+template <int T, bool whole, bool plain>
+SMPQ_INLINE void finish_as(const Epilogue& e, int64_t row, int64_t pixel, int64_t channel, Floats (&y)[T], int n) {
   const int64_t channels = e.channels, code_channels = e.code_channels;
   if (e.residual) {
     const float* from = e.residual + (e.residual_row[row] * e.pixels + pixel) * channels + channel;
@@ -125,12 +147,13 @@ SMPQ_INLINE void finish_lanes(const Epilogue& e, int64_t row, int64_t pixel, int
     for (int t = 0; t < T; ++t) {
       Floats other;
       load_lanes<whole>(other, from + t * channels, n);
-      y[t] += other;
+      y[t] = !plain && e.multiplies ? y[t] * other : y[t] + other;
     }
   }
   const float low = e.low, high = e.high;
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) clamp(y[t], low, high);
+  if constexpr (!plain) activate_all(y, T, e.activation);
   if (e.values) {
     float* to = e.values + (row * e.pixels + pixel) * channels + channel;
 #pragma GCC unroll 16
@@ -163,6 +186,22 @@ SMPQ_INLINE void finish_lanes(const Epilogue& e, int64_t row, int64_t pixel, int
       }
     }
   }
+}
+
+template <int T, bool whole>
+__attribute__((noinline)) void finish_not_plain(const Epilogue& e, int64_t row, int64_t pixel, int64_t channel,
+                                                Floats (&y)[T], int n) {
+  finish_as<T, whole, false>(e, row, pixel, channel, y, n);
+}
+
+template <int T, bool whole>
+SMPQ_INLINE void finish_lanes(const Epilogue& e, int64_t row, int64_t pixel, int64_t channel, Floats (&y)[T], int n) {
+  if (e.activation == Activation::none && !e.multiplies) {
+    return finish_as<T, whole, true>(e, row, pixel, channel, y, n);
+  }
+  Floats own[T];  // so that y stays in registers on the way that is taken most
+  std::memcpy(own, y, sizeof y);
+  finish_not_plain<T, whole>(e, row, pixel, channel, own, n);
 }
 
 // Sums and sums of squares of 16 channels, exact up to 2^53.

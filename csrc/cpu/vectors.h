@@ -26,6 +26,17 @@ SMPQ_INLINE void load(V& v, const void* from) {  // no vector is returned: its A
   std::memcpy(&v, from, sizeof v);
 }
 
+// Whether any lane is not 0.
+SMPQ_INLINE bool any(const Ints& lanes) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<const __m512i&>(lanes), reinterpret_cast<const __m512i&>(lanes));
+#else
+  int32_t found = 0;
+  for (int k = 0; k < kLanes; ++k) found |= lanes[k];
+  return found;
+#endif
+}
+
 // rint of what is within 2^22: adding and taking away 1.5 * 2^23 leaves an integer, half to even.
 constexpr float kRound = 12582912.0f;
 

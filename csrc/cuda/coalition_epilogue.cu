@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(kThreads) epilogue(const EpilogueArgs a, int64
   for (int k = 0; k < 2; ++k) {
     if (channel + k >= e.channels) continue;
     y[k] = a.values[from + k];
+    if (a.broken && y[k] != y[k]) a.broken[(row * e.pixels + pixel) / a.plane] = true;
     if (e.scale) y[k] = y[k] * e.scale[row * e.channels + channel + k] + e.bias[row * e.channels + channel + k];
   }
   finish(e, row, pixel, channel, y[0], y[1]);

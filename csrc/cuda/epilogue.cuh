@@ -18,6 +18,26 @@ __device__ __forceinline__ uint8_t code_of(float y, const Child& child) {
   return static_cast<uint8_t>(static_cast<int>(std::rint(steps) + child.zero_point));
 }
 
+__device__ __forceinline__ float activated(float y, Activation activation) {
+  switch (activation) {
+    case Activation::gelu:
+      activate<Activation::gelu>(y);
+      break;
+    case Activation::gelu_tanh:
+      activate<Activation::gelu_tanh>(y);
+      break;
+    case Activation::silu:
+      activate<Activation::silu>(y);
+      break;
+    case Activation::hardswish:
+      activate<Activation::hardswish>(y);
+      break;
+    case Activation::none:
+      break;
+  }
+  return y;
+}
+
 // A mixture of widths, added in the order of its candidates.
 __device__ __forceinline__ float mixed(float y, const Child& child) {
   float total = 0;
@@ -45,8 +65,11 @@ __device__ __forceinline__ void finish(const Epilogue& e, int64_t row, int64_t p
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
     if (k >= there) continue;
-    if (e.residual) y[k] += e.residual[e.residual_row[row] * size + at + k];
-    y[k] = clamped(y[k], e.low, e.high);
+    if (e.residual) {
+      const float other = e.residual[e.residual_row[row] * size + at + k];
+      y[k] = e.multiplies ? y[k] * other : y[k] + other;
+    }
+    y[k] = activated(clamped(y[k], e.low, e.high), e.activation);
     if (e.values) e.values[row * size + at + k] = y[k];
   }
   if (channel >= e.code_channels) return;

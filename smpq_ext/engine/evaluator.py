@@ -30,7 +30,7 @@ from smpq_ext.engine.fusion import FusedLayer, Fusion
 from smpq_ext.engine.grids import Calibrate, Grids
 from smpq_ext.engine.integer import IntegerLayer
 from smpq_ext.engine.layers import Layer, check_weights, duplicate, find, quiet
-from smpq_ext.engine.samples import Batch
+from smpq_ext.engine.samples import Batch, Part
 from smpq_ext.engine.space import candidates, make_space
 
 # Bytes of the largest activation of one forward on a CPU: beyond it, it waits for memory. In lockstep more rows are
@@ -287,7 +287,9 @@ class TorchEvaluator:
         # In lockstep rows are worth more than samples: they share what comes before they part.
         samples_together = min(MERGE, count) if lockstep else count
         self._samples = count if whole else max(MERGE, min(images, cached, samples_together))
-        self._row_bytes = self._samples * sample_bytes + count * -(-result // few) + loaded + 64 * len(self._parts)
+        # Outputs wait until all samples of a part are there; then they are put together.
+        waiting = 2 * min(count, max(p.stop - p.start for p in self._parts) + 2 * self._samples)
+        self._row_bytes = self._samples * sample_bytes + waiting * -(-result // few) + loaded + 64 * len(self._parts)
         rows = memory // self._row_bytes
         rows = min(rows, max(cached // self._samples, 8 if whole and lockstep else 1))
         self.rows_per_batch = max(1, int(rows)) if self._folds else 1
@@ -312,24 +314,34 @@ class TorchEvaluator:
         torch.manual_seed(0)  # a model that draws numbers draws the same ones whichever rows are asked together
         out: list[Tensor] = []
         for b, batch in enumerate(self._run_batches):
-            pieces = []
+            waiting = [p for p in self._parts if p.batch == b]
+            pieces: list[tuple[int, int, Any]] = []  # outputs of samples [start, stop), as long as a part needs them
             for start, stop in samples.pieces(batch.size, self._samples, MERGE):
                 outputs = self._executor.forward(batch, start, stop, model)
                 _check_outputs(outputs)
-                pieces.append(tree_map(lambda x, size=stop - start: _per_row(x, n, size), outputs))
-            rows = pieces[0] if len(pieces) == 1 else tree_map(_join, *pieces)
-            for p in (p for p in self._parts if p.batch == b):
-                targets = samples.part(batch.targets, batch.size, p.start, p.stop)
-                for r in range(n):
-                    row = tree_map(lambda x, r=r: x[r] if isinstance(x, Tensor) and x.dim() else x, rows)
-                    value = self._loss(samples.part(row, batch.size, p.start, p.stop), targets)
-                    if not isinstance(value, Tensor) or value.numel() != 1:
-                        raise SmpqError(
-                            f"loss: it must return a scalar tensor, not {_shape(value)}; take the mean over the samples"
-                        )
-                    out.append(value.detach().reshape(()).double())
+                pieces.append((start, stop, tree_map(lambda x, size=stop - start: _per_row(x, n, size), outputs)))
+                while waiting and waiting[0].stop <= stop:
+                    part = waiting.pop(0)
+                    pieces = [piece for piece in pieces if piece[1] > part.start]
+                    out += self._part_losses(pieces, part, batch, n)
         self.peak_bytes = max(self.peak_bytes, n * self._row_bytes)
         return torch.stack(out).cpu().numpy().reshape(len(self._parts), n).T
+
+    def _part_losses(self, pieces: list[tuple[int, int, Any]], part: Part, batch: Batch, n: int) -> list[Tensor]:
+        """The loss of every row on a part, from the outputs of pieces (start, stop, rows) that cover it."""
+        first, last = pieces[0][0], pieces[-1][1]
+        rows = pieces[0][2] if len(pieces) == 1 else tree_map(_join, *(rows for _, _, rows in pieces))
+        targets = samples.part(batch.targets, batch.size, part.start, part.stop)
+        out = []
+        for r in range(n):
+            row = tree_map(lambda x, r=r: x[r] if isinstance(x, Tensor) and x.dim() else x, rows)
+            value = self._loss(samples.part(row, last - first, part.start - first, part.stop - first), targets)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                raise SmpqError(
+                    f"loss: it must return a scalar tensor, not {_shape(value)}; take the mean over the samples"
+                )
+            out.append(value.detach().reshape(()).double())
+        return out
 
     def _loss(self, outputs: Any, targets: Any) -> Any:
         try:

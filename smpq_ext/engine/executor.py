@@ -255,9 +255,9 @@ class RowNorm:
         m = self.module
         if x.dim() == 4 and not x.is_cuda and x.dtype == torch.float32 and is_channels_last(x):
             # torch adds in float32 where channels are last, and errs by up to 1e-3 of a variance.
-            y, statistics = torch.ops.smpq.coalition_epilogue(
+            y, statistics, _ = torch.ops.smpq.coalition_epilogue(
                 *(x.permute(0, 2, 3, 1).unflatten(0, (n, -1)), torch.arange(n), None, None, affine(m, x.device), m.eps),
-                *(None, None, -math.inf, math.inf, True, [], [], []),
+                *(None, None, False, -math.inf, math.inf, 0, True, False, [], [], []),
             )
             self.record(*statistics[-1])
             return y.flatten(0, 1).permute(0, 3, 1, 2)

@@ -17,6 +17,7 @@ from smpq_ext.engine.capture import Graph, Step, aten
 from smpq_ext.engine.executor import QuantizedLayer, affine
 
 LANES = 16  # output channels that the kernel computes together
+JOINS = (aten.add.Tensor, aten.mul.Tensor)
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,16 @@ class FusedLayer(Protocol):
 class Fused:
     """A layer with what follows it, in one call: normalization, a sum, a clamp, and the inputs of the next layers."""
 
-    step: int  # of the layer
+    step: int  # of the layer; it runs for the rows of the last step, which may be more
     layer: FusedLayer
     source: int  # the step that it reads
     norm: str | None
     geometry: tuple[int, ...]  # kernel, stride, padding before and after, dilation
     residual: int | None
+    multiplies: bool  # the residual is a factor
     low: float
     high: float
+    activation: int  # of reference.ACTIVATIONS
 
     @property
     def conv2d(self) -> bool:
@@ -122,7 +125,7 @@ class Fusion:
 
     def _fuse(self, i: int, layer: FusedLayer, outputs: set[int]) -> None:
         steps = self.graph.steps
-        last, norm, residual, low, high = i, None, None, -math.inf, math.inf
+        last, norm, residual, multiplies, low, high, activation = i, None, None, False, -math.inf, math.inf, 0
         members = [i]
         while last not in outputs and len(self._readers[last]) == 1:
             follower = self._readers[last][0]
@@ -132,14 +135,13 @@ class Fusion:
             clamp = _clamp(step)
             if step.norm in self.norms and members == [i]:
                 norm = step.norm
-            elif step.target is aten.add.Tensor and not step.kwargs and residual is None and len(step.operands) == 2:
+            elif step.target in JOINS and not step.kwargs and residual is None and len(step.operands) == 2:
                 other = next(k for k in step.operands if k != last)
-                same = steps[follower].place == steps[i].place and steps[other].place is not None
-                if not same or self.graph.kinds[other] != self.graph.kinds[last]:
+                if steps[other].place is None or self.graph.kinds[other] != self.graph.kinds[last]:
                     break
-                residual = other
-            elif clamp is not None:
-                low, high = clamp
+                residual, multiplies = other, step.target is aten.mul.Tensor
+            elif clamp is not None or (activation := _activation(step)):
+                low, high = clamp or (low, high)
                 last = follower
                 members.append(follower)
                 break
@@ -148,7 +150,7 @@ class Fusion:
             last = follower
             members.append(follower)
         source, geometry = self._geometry(i, layer.layer)
-        self.fused[last] = Fused(i, layer, source, norm, geometry, residual, low, high)
+        self.fused[last] = Fused(i, layer, source, norm, geometry, residual, multiplies, low, high, activation)
         self.absorbed.update(members[:-1])
 
     def _geometry(self, i: int, layer: QuantizedLayer) -> tuple[int, tuple[int, ...]]:
@@ -230,3 +232,10 @@ def _clamp(step: Step) -> tuple[float, float] | None:
         low, high = (*step.args[1:], *((-1.0, 1.0) if step.target is aten.hardtanh.default else (None, None)))[:2]
         return (-math.inf if low is None else float(low)), (math.inf if high is None else float(high))
     return (0.0, 6.0) if step.target is aten.relu6.default else None
+
+
+def _activation(step: Step) -> int:
+    """The index in reference.ACTIVATIONS of a step that applies it to its operand; 0 for all others."""
+    if step.target is aten.gelu.default:
+        return {"none": 1, "tanh": 2}.get((*step.args[1:], step.kwargs.get("approximate", "none"))[0], 0)
+    return {aten.silu.default: 3, aten.hardswish.default: 4}.get(step.target, 0)

@@ -100,7 +100,7 @@ class Lockstep:
         for layer in fusion.layers.values():
             layer.load(assigned)
         for last, fused in fusion.fused.items():
-            source, place = self._input_place(fused), self._place(fused.step)
+            source, place = self._input_place(fused), self._place(last)
             parents, coalitions = (self._coalition(p) for p in (source, place))
             self._calls[last] = fusion.call(fused, parents, self._row_of(source, place), coalitions)
 
@@ -170,7 +170,7 @@ class Lockstep:
         wanted, product, children = last in self._fusion.with_values, call.product, self._children[last]
         out = torch.ops.smpq.coalition_convolution(
             *(x, product.padding, product.weight, product.start, call.parent, product.variant, call.scale, call.bias),
-            *(call.norm, call.eps, residual, residual_row, fused.low, fused.high),
+            *(call.norm, call.eps, residual, residual_row, fused.multiplies, fused.low, fused.high, fused.activation),
             *(fused.geometry, fused.layer.depthwise, wanted),
             *(children.row, children.grid, children.bits),
         )
@@ -186,7 +186,9 @@ class Lockstep:
     def _quantize(self, source: int, value: Tensor, taken: dict[int, Tensor]) -> None:
         """What all layers that read a floating value take of it."""
         assert self._fusion is not None
-        self._look(source, value)
+        look = self._codes and source not in self._calls and value.dim() > 2
+        if not look:
+            self._look(source, value)
         children = self._quantized[source]
         for conv2d in (True, False):
             chosen = [i for i, k in enumerate(children.readers) if self._fusion.by_step[k].conv2d == conv2d]
@@ -194,18 +196,21 @@ class Lockstep:
                 x = _pixels(value, self._count(source), conv2d)
                 taking = ([field[i] for i in chosen] for field in (children.row, children.grid, children.bits))
                 every = torch.arange(len(x), device=x.device)
-                settings = None, None, None, 0.0, None, None, -math.inf, math.inf, False
-                out = torch.ops.smpq.coalition_epilogue(x, every, *settings, *taking)
-                taken.update(zip([children.readers[i] for i in chosen], out[2:], strict=True))
+                settings = None, None, None, 0.0, None, None, False, -math.inf, math.inf, 0, False, look
+                _, _, broken, *inputs = torch.ops.smpq.coalition_epilogue(x, every, *settings, *taking)
+                taken.update(zip([children.readers[i] for i in chosen], inputs, strict=True))
+                if look and (x.is_cuda or broken.any()):
+                    self._remember(source, broken.unflatten(1, (self._broken.shape[1], -1)).any(2))
 
     def _look(self, step: int, value: Tensor) -> None:
         """Remember where a floating value holds NaN, [n, samples]: no code says so."""
-        if not (self._codes and step not in self._calls and value.numel()):
-            return
-        if value.is_cuda or value.amax().isnan():  # on CUDA to ask would be to wait
-            rows = self.rows[self._place(step)]
-            broken = value.unflatten(0, (len(rows.coalition), self._broken.shape[1], -1)).flatten(2).isnan().any(2)
-            self._broken |= broken[self._row_of(self._place(step))]
+        watched = self._codes and step not in self._calls and value.numel()
+        if watched and (value.is_cuda or value.amax().isnan()):  # on CUDA to ask would be to wait
+            rows = value.unflatten(0, (self._count(step), self._broken.shape[1], -1))
+            self._remember(step, rows.flatten(2).isnan().any(2))
+
+    def _remember(self, step: int, broken: Tensor) -> None:
+        self._broken |= broken[self._row_of(self._place(step))]
 
     def _break(self, value: Tensor) -> Tensor:
         """What is returned, [n * samples, ...], with NaN in those places."""
@@ -256,28 +261,27 @@ class Lockstep:
         parent = self._parent(source, place)
         return run.by_row(x, len(self.rows[source].coalition), len(rows.coalition), parent, mixtures, variant)
 
-    def _parent(self, source: int, place: int) -> Tensor | None:
-        """The row of place `source` that each row of `place` descends from, [rows]; None where they are the same."""
+    def _parent(self, source: int, place: int | None) -> Tensor | None:
+        """`_row_of`, or None where the rows are the same."""
         if source == place:
             return None
         if (source, place) not in self._descent:
-            rows = self.rows[source].row[self.rows[place].coalition]
+            row = self.rows[source].row
+            rows = row if place is None else row[self.rows[place].coalition]
             same = np.array_equal(rows, np.arange(len(self.rows[source].coalition)))
             self._descent[source, place] = None if same else self._row_of(source, place)
         return self._descent[source, place]
 
-    def _descend(self, value: Any, source: int | None, place: int) -> Any:
-        """A value of place `source` for the rows of `place`."""
+    def _descend(self, value: Any, source: int | None, place: int | None) -> Any:
+        """A value of place `source` for the rows of `place`, or for every coalition."""
         parent = None if source is None else self._parent(source, place)
         return value if parent is None else self._take(value, source, parent)
 
     def _everyone(self, value: Any, step: int) -> Any:
         """A value for every coalition, [n * samples, ...]."""
         source = self.graph.steps[step].place
-        if source is None:
-            return value
-        taken = self._take(value, source, self._row_of(source))
-        return self._break(taken) if isinstance(taken, Tensor) else taken
+        taken = self._descend(value, source, None)
+        return self._break(taken) if isinstance(taken, Tensor) and source is not None else taken
 
     def _take(self, value: Any, source: int | None, index: Tensor) -> Any:
         assert source is not None
