@@ -30,6 +30,7 @@ from smpq_ext.engine.fusion import FusedLayer, Fusion
 from smpq_ext.engine.grids import Calibrate, Grids
 from smpq_ext.engine.integer import IntegerLayer
 from smpq_ext.engine.layers import Layer, check_weights, duplicate, find, quiet
+from smpq_ext.engine.replay import Replay
 from smpq_ext.engine.samples import Batch, Part
 from smpq_ext.engine.space import candidates, make_space
 
@@ -445,6 +446,23 @@ class TorchEvaluator:
         if not same:
             executor.lockstep = None
             self.notes += (f"its captured graph {why}, coalitions are folded into the batch",)
+        elif self.device.type == "cuda":
+            self._record(rows, batch)
+
+    def _record(self, rows: NDArray[np.float32], batch: Batch) -> None:
+        """Replay the forwards of the rows as CUDA graphs where that gives the same values."""
+        executor = self._executor
+        assert executor.lockstep is not None
+        try:
+            executor.replay = Replay(executor.lockstep)
+            with _Loaded(self, rows):
+                first, *others = (executor.forward(batch, 0, min(batch.size, MERGE)) for _ in range(3))
+            same, why = all(_close(x, first) for x in others), "gives other values"
+        except Exception as error:
+            same, why = False, f"fails: {error!r}"
+        if not same:
+            executor.replay = None
+            self.notes += (f"its forward as a CUDA graph {why}, operations are launched one by one",)
 
     def _fusions(self, graph: Graph) -> tuple[Fusion, Fusion]:
         """For assignments and for mixtures."""

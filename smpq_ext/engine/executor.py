@@ -23,6 +23,7 @@ from smpq_ext.engine.samples import Batch, call, is_channels_last, take_rows
 
 if TYPE_CHECKING:
     from smpq_ext.engine.lockstep import Lockstep
+    from smpq_ext.engine.replay import Replay
 
 # From so many samples on, oneDNN's and MKL's products give a sample the same bits whatever the batch size (measured).
 # Below it, each row is multiplied alone, so that its value does not depend on the rows beside it.
@@ -43,6 +44,7 @@ class Executor:
         self.statistics: dict[str, tuple[Tensor, Tensor]] | None = None  # filled by the norms while it is a dict
         self.channels_last = False
         self.lockstep: Lockstep | None = None  # runs the rows where the model could be captured
+        self.replay: Replay | None = None  # and records of it, on CUDA
         self.choices: dict[str, NDArray[np.int64]] = {}  # [n], of every quantized slot: equal where mixtures are
         self.layers = [QuantizedLayer(self, layer, grids) for layer in layers]
         self.norms = {name: RowNorm(self, name, model.get_submodule(name)) for name in norms}
@@ -82,6 +84,8 @@ class Executor:
         self.choices = {name: index for name, (_, index) in distinct.items()}
         if self.lockstep is not None:
             self.lockstep.load(self.choices, assigned)
+        if self.replay is not None:
+            self.replay.forget()
 
     def unload(self) -> None:
         """Back to the float model, without the variants."""
@@ -90,6 +94,8 @@ class Executor:
             layer.variants = layer.mixtures = torch.empty(0)
         if self.lockstep is not None:
             self.lockstep.unload()
+        if self.replay is not None:
+            self.replay.forget()
 
     def forward(self, batch: Batch, start: int, stop: int, model: nn.Module | None = None) -> Any:
         """The outputs for samples [start, stop) of the batch, [rows * samples, ...]; one row where nothing is loaded.
@@ -101,7 +107,9 @@ class Executor:
         if self.channels_last and isinstance(inputs, Tensor) and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         if lockstep is not None:
-            return lockstep(inputs, stop - start)
+            # A record would not keep the statistics.
+            run = lockstep if self.replay is None or self.statistics is not None else self.replay
+            return run(inputs, stop - start)
         return call(model or self.model, inputs)
 
     def first_non_finite(self, batch: Batch, start: int, stop: int) -> str | None:
@@ -172,6 +180,7 @@ class QuantizedLayer:
         """
         kwargs = kwargs or {}
         rows = x.unflatten(0, (parents, -1)) if parents > 1 else x.unsqueeze(0)
+        in_place = self.linear and not x.is_cuda and rows[0].numel() >= MERGE * rows.shape[-1]
         if mixtures is not None:
             g = self.activation
             if parent is None:
@@ -179,7 +188,7 @@ class QuantizedLayer:
             rows = ops.coalition_fake_quantize(
                 rows, g.scale, g.zero_point, g.quant_min, g.quant_max, mixtures, parent=parent
             )
-        elif parent is not None and variant is not None and self.linear and rows[0].numel() >= MERGE * rows.shape[-1]:
+        elif parent is not None and variant is not None and in_place:
             # Nothing is gathered, and nothing put together: a row is multiplied where its parent stands.
             out = rows.new_empty(n, *rows.shape[1:-1], self.variants.shape[1])
             for y, p, v in zip(out, parent.tolist(), variant, strict=True):

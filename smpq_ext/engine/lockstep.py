@@ -52,6 +52,7 @@ class Lockstep:
     def __init__(self, graph: Graph, layers: list[QuantizedLayer], norms: Mapping[str, RowNorm]) -> None:
         self.graph, self.layers, self.norms = graph, layers, norms
         self._device = layers[0].source.device
+        self.asks = self._device.type == "cpu"  # whether the host looks at values: elsewhere to ask is to wait
         self.integer: Fusion | None = None
         self.floating: Fusion | None = None
         self.attentions: Mapping[int, Attention] = {}
@@ -199,13 +200,13 @@ class Lockstep:
                 settings = None, None, None, 0.0, None, None, False, -math.inf, math.inf, 0, False, look
                 _, _, broken, *inputs = torch.ops.smpq.coalition_epilogue(x, every, *settings, *taking)
                 taken.update(zip([children.readers[i] for i in chosen], inputs, strict=True))
-                if look and (x.is_cuda or broken.any()):
+                if look and not (self.asks and not broken.any()):
                     self._remember(source, broken.unflatten(1, (self._broken.shape[1], -1)).any(2))
 
     def _look(self, step: int, value: Tensor) -> None:
         """Remember where a floating value holds NaN, [n, samples]: no code says so."""
         watched = self._codes and step not in self._calls and value.numel()
-        if watched and (value.is_cuda or value.amax().isnan()):  # on CUDA to ask would be to wait
+        if watched and not (self.asks and not value.amax().isnan()):
             rows = value.unflatten(0, (self._count(step), self._broken.shape[1], -1))
             self._remember(step, rows.flatten(2).isnan().any(2))
 
@@ -214,7 +215,7 @@ class Lockstep:
 
     def _break(self, value: Tensor) -> Tensor:
         """What is returned, [n * samples, ...], with NaN in those places."""
-        if not self._codes or not value.is_floating_point() or not (value.is_cuda or self._broken.any()):
+        if not self._codes or not value.is_floating_point() or (self.asks and not self._broken.any()):
             return value
         rows = value.unflatten(0, (*self._broken.shape, -1))
         broken = self._broken.view(*self._broken.shape, *[1] * (rows.dim() - 2))
