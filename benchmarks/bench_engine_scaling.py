@@ -15,7 +15,7 @@ import torch
 import smpq_ext
 from benchmarks import data, models
 from benchmarks.timing import keep_freed_memory, seconds
-from smpq_ext.engine.executor import Meter
+from smpq_ext.engine.memory import Meter
 
 COUNTS, THREADS, IMAGES = (1, 8, 64, 512), 2, 64
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
 
 import torch
+
+from smpq_ext.engine.memory import keep_freed
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -33,16 +34,13 @@ def interleaved(sides: Mapping[str, Callable[[], object]], rounds: int = 15, war
 
 @functools.cache
 def keep_freed_memory(mib: int = 1024) -> None:
-    """Let glibc reuse freed memory instead of returning it, so that no side of a comparison pays for page faults.
+    """Let freed memory be used again, as the engine does, so that no side of a comparison pays for page faults.
 
     These cost about as much as the copy of a large tensor, and hide what a kernel itself does. The first `mib` are
-    faulted in at once. Lasts for the whole process; does nothing where the C library has no mallopt.
+    faulted in at once. Lasts for the whole process.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-4, 0)  # M_MMAP_MAX: never a mapping of its own
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give the top of the heap back
-        torch.ones(mib << 20, dtype=torch.uint8)
+    keep_freed(keep_freed_memory)
+    torch.ones(mib << 20, dtype=torch.uint8)
 
 
 def _synchronize() -> None:

@@ -17,7 +17,7 @@ import smpq_ext
 from smpq_ext import _C
 from smpq_ext.core import Plan, SmpqError
 from smpq_ext.engine import evaluator
-from smpq_ext.engine.executor import Meter
+from smpq_ext.engine.memory import Meter
 
 pytestmark = pytest.mark.usefixtures("compiled")
 

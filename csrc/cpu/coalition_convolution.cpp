@@ -351,16 +351,28 @@ void channels(const ConvolutionArgs<X>& a, const Image<X>& image, int64_t row, i
   }
 }
 
-// One image, in `padded` where the border is needed.
+// Where images are put that need a border.
 template <class X>
-const X* framed(const ConvolutionArgs<X>& a, int64_t parent, int64_t sample, X* padded, int64_t padded_line) {
+struct Frame {
+  X* memory;     // null: they need none
+  int64_t line;  // elements
+  X border;
+  bool filled;  // with border
+};
+
+template <class X>
+const X* framed(const ConvolutionArgs<X>& a, int64_t parent, int64_t sample, Frame<X>& frame) {
   const int64_t line = a.width * a.channels;
   const X* source = a.x + (parent * a.samples + sample) * a.height * line;
-  if (!padded) return source;
-  std::fill_n(padded, (a.height + a.before[0] + a.after[0]) * padded_line, a.padding[parent]);
-  X* to = padded + a.before[0] * padded_line + a.before[1] * a.channels;
-  for (int64_t y = 0; y < a.height; ++y) std::memcpy(to + y * padded_line, source + y * line, line * sizeof(X));
-  return padded;
+  if (!frame.memory) return source;
+  if (!frame.filled || frame.border != a.padding[parent]) {
+    frame.border = a.padding[parent];
+    frame.filled = true;
+    std::fill_n(frame.memory, (a.height + a.before[0] + a.after[0]) * frame.line, frame.border);
+  }
+  X* to = frame.memory + a.before[0] * frame.line + a.before[1] * a.channels;
+  for (int64_t y = 0; y < a.height; ++y) std::memcpy(to + y * frame.line, source + y * line, line * sizeof(X));
+  return frame.memory;
 }
 
 }  // namespace
@@ -387,9 +399,10 @@ void coalition_convolution(const ConvolutionArgs<X>& a, int64_t first_image, int
     }
   }
   Image<X> image{nullptr, line, taps.data(), tap_count, runs.data(), next - runs.data(), run};
+  Frame<X> frame{copied ? padded.data() : nullptr, line, X{}, false};
   for (int64_t unit = first_image; unit < last_image; ++unit) {
     const int64_t row = unit / a.samples, sample = unit % a.samples;
-    image.x = framed(a, a.parent[row], sample, copied ? padded.data() : nullptr, line);
+    image.x = framed(a, a.parent[row], sample, frame);
     int64_t block = 0;
     if (!a.depthwise) {
       if (!std::is_same_v<X, float>) channels<4, 4>(a, image, row, sample, block);

@@ -23,13 +23,14 @@ from smpq_ext import ops
 from smpq_ext.core import Assignments, Grid, Mixtures, SmpqError, Values
 from smpq_ext.engine import attention, grids, losses, samples
 from smpq_ext.engine.capture import Graph, Uncapturable, capture
-from smpq_ext.engine.executor import MERGE, Executor, Meter, free_memory
+from smpq_ext.engine.executor import MERGE, Executor
 from smpq_ext.engine.fixed_point import FixedLayer
 from smpq_ext.engine.floating import FloatLayer
 from smpq_ext.engine.fusion import FusedLayer, Fusion
 from smpq_ext.engine.grids import Calibrate, Grids
 from smpq_ext.engine.integer import IntegerLayer
 from smpq_ext.engine.layers import Layer, check_weights, duplicate, find, quiet
+from smpq_ext.engine.memory import Meter, free_memory
 from smpq_ext.engine.replay import Replay
 from smpq_ext.engine.samples import Batch, Part
 from smpq_ext.engine.space import candidates, make_space
@@ -59,7 +60,8 @@ def evaluator(
     loss: a function of (outputs, targets) to a scalar, a mean over samples; None is cross-entropy for integer targets
     [...] and outputs [..., classes]; "kl" the divergence from the float model's outputs [..., classes].
     renormalize: BatchNorm statistics re-estimated on the data for every row; "auto" where the model has BatchNorm.
-    memory: bytes that a forward may take; default a quarter of what is free.
+    memory: bytes that a forward may take, kept by the process while the evaluator lives; default a quarter of what is
+    free.
     fixed: slot or layer -> width or "float"; default first and last layer at 8; {} searches every slot.
     calibrate: "mse", "minmax" or "percentile". The model itself is only read.
     mixture_bits: 32, mixtures in float32, or 16, in fixed point: up to 1.7 times as fast on a CPU, where inputs are

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-import os
-import weakref
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from smpq_ext import ops
 from smpq_ext.engine.grids import Grids
 from smpq_ext.engine.layers import Layer
+from smpq_ext.engine.memory import keep_freed
 from smpq_ext.engine.samples import Batch, call, is_channels_last, take_rows
 
 if TYPE_CHECKING:
@@ -48,6 +45,7 @@ class Executor:
         self.choices: dict[str, NDArray[np.int64]] = {}  # [n], of every quantized slot: equal where mixtures are
         self.layers = [QuantizedLayer(self, layer, grids) for layer in layers]
         self.norms = {name: RowNorm(self, name, model.get_submodule(name)) for name in norms}
+        keep_freed(self)
 
     def load(
         self, mixtures: Mapping[str, NDArray[np.float32]], assigned: Mapping[str, NDArray[np.int64]] | None
@@ -289,44 +287,3 @@ def affine(norm: Any, device: torch.device) -> Tensor:
     plain = like, torch.zeros_like(like)
     given = (x if x is None else x.detach().double() for x in (norm.weight, norm.bias))
     return torch.stack([y if x is None else x for x, y in zip(given, plain, strict=True)])
-
-
-class Meter(TorchDispatchMode):
-    """Counts the bytes that tensors made inside it occupy at once, op by op (what kernels use inside is not seen)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = self.largest = 0
-        self.seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._see((args, kwargs), made=False)  # weights and data were there before
-        result = func(*args, **(kwargs or {}))
-        self._see(result, made=True)
-        return result
-
-    def _see(self, tree: Any, made: bool) -> None:
-        for leaf in tree_leaves(tree):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                key, size = storage._cdata, storage.nbytes() if made else 0
-                if key not in self.seen:
-                    self.seen.add(key)
-                    weakref.finalize(storage, self._free, key, size)  # its address may be another's after it
-                    self.live += size
-                    self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.live -= size
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had on the device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

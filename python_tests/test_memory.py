@@ -1,0 +1,48 @@
+"""Freed memory is used again while an evaluator lives, and given back after it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.usefixtures("compiled")
+
+SCRIPT = """
+import gc, resource
+import numpy as np, torch
+from torch import nn
+import smpq_ext
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.Softplus(), nn.Conv2d(32, 32, 3, padding=1), nn.Softplus())
+data = [(torch.randn(16, 3, 64, 64), torch.randn(16, 32, 64, 64))]
+settings = dict(bits=(2, 8), fixed={}, loss=nn.functional.mse_loss)
+before = resident()
+ev = smpq_ext.evaluator(model, data, **settings)
+rows = np.array(np.meshgrid(*[[0, 1]] * 4)).reshape(4, -1).T.astype(np.int8)
+ev(rows), ev(rows)
+start = faults()
+values = ev(rows)
+print("faults", faults() - start)
+print("used", (resident() - before) // resource.getpagesize())
+del ev
+gc.collect()
+print("left", (resident() - before) // resource.getpagesize())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_a_forward_faults_in_no_memory_and_an_evaluator_leaves_none_behind() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    pages = {name: int(count) for name, count in (line.split() for line in done.stdout.splitlines())}
+    assert pages["used"] > 20_000
+    assert pages["faults"] < 0.05 * pages["used"]
+    assert pages["left"] < 0.5 * pages["used"]
