@@ -81,9 +81,13 @@ std::vector<Tensor> run(const Tensor& x, const Tensor& padding, const Tensor& we
   if (depthwise) {
     check_tensor(op, x, weight, "weight", kType<Weight>, {-1, -1, taps, 16});
   } else {
-    check_tensor(op, x, weight, "weight", kType<Weight>, {-1, -1, taps, a.channels / together, 16, together});
+    check_tensor(op, x, weight, "weight", kType<Weight>, {-1, -1, taps, -1, 16, together});
   }
   a.outs = weight.size(1);
+  a.depth = depthwise ? a.channels : weight.size(3) * together;
+  const int64_t groups = a.depth > 0 ? a.channels / a.depth : 0;
+  SMPQ_CHECK(a.channels > 0 && groups * a.depth == a.channels && a.outs % groups == 0, op, ": weight ",
+             shape_of(weight), " sees ", a.depth, " channels, x has ", a.channels);
   check_tensor(op, x, parent, "parent", ScalarType::Long, {a.rows});
   check_tensor(op, x, variant, "variant", ScalarType::Long, {a.rows});
   check_tensor(op, x, padding, "padding", kType<X>, {parents});
@@ -92,7 +96,9 @@ std::vector<Tensor> run(const Tensor& x, const Tensor& padding, const Tensor& we
   const int64_t channels = scale.size(1);
   SMPQ_CHECK((channels + 15) / 16 == a.outs, op, ": scale has ", channels, " channels, weight ", a.outs,
              " blocks of 16");
-  SMPQ_CHECK(a.channels > 0 && channels > 0, op, ": there are no channels");
+  SMPQ_CHECK(channels > 0, op, ": there are no channels");
+  SMPQ_CHECK(groups == 1 || channels == a.outs * 16, op, ": groups have a multiple of 16 channels, scale has ",
+             channels);
   const int64_t own = together > 1 ? (channels + 3) / 4 * 4 : channels;
   SMPQ_CHECK(!depthwise || a.channels == own, op, ": x has ", a.channels, " channels, scale ", channels,
              ", and a depthwise layer needs ", own);
@@ -102,6 +108,7 @@ std::vector<Tensor> run(const Tensor& x, const Tensor& padding, const Tensor& we
   }
   check_indices(op, parent, "parent", parents);
   check_indices(op, variant, "variant", weight.size(0));
+  a.group_outs = a.outs / groups;
   const int64_t size[] = {a.height, a.width};
   int64_t out[2];
   for (int d = 0; d < 2; ++d) {

@@ -208,16 +208,18 @@ template <class X>
 struct ConvolutionArgs {
   using Weight = typename Multiplied<X>::Weight;
   using Sum = typename Multiplied<X>::Sum;
-  const X* x;            // [parents, samples, height, width, channels], channels a multiple of `together`
-  const Weight* weight;  // [variants, outs, taps, channels / together, 16, together], outs counting blocks of 16 output
-                         // channels; depthwise: [variants, outs, taps, 16]
-  const X* padding;      // [parents]: what stands for 0
-  const Sum* start;      // [rows, outs * 16]: minus the zero point's share of the products
+  const X* x;              // [parents, samples, height, width, channels], channels a multiple of `together`
+  const Weight* weight;    // [variants, outs, taps, depth / together, 16, together], outs counting blocks of 16 output
+                           // channels; depthwise: [variants, outs, taps, 16]
+  const X* padding;        // [parents]: what stands for 0
+  const Sum* start;        // [rows, outs * 16]: minus the zero point's share of the products
   const int64_t* parent;   // [rows]
   const int64_t* variant;  // [rows]
   int64_t rows, samples, height, width, channels, outs, out_height, out_width;
   int64_t kernel[2], stride[2], before[2], after[2], dilation[2];  // of height and width; before, after: padding
   bool depthwise;
+  int64_t depth;       // channels that an output channel sees: those of its group
+  int64_t group_outs;  // blocks of a group
   Epilogue epilogue;
   // Not null: no epilogue, but the products as they are, of the rows from first_row on, and, on the CPU, their sums and
   // sums of squares over each image, exact up to 2^53.

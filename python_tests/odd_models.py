@@ -237,6 +237,18 @@ def normed_shortcut() -> Case:
     return Function(forward, *layers), planes(8)
 
 
+def grouped() -> Case:
+    """Groups that fill no block of 16 channels, some, or many."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = F.relu(self.d(F.relu(self.c(F.relu(self.b(F.relu(self.a(x))))))))
+        return self.f(F.relu(self.e(x)).mean((2, 3)))
+
+    sizes = (3, 12, 3, 3), (12, 24, 3, 3), (24, 32, 1, 8), (32, 64, 3, 2), (64, 64, 3, 32)
+    convolutions = (nn.Conv2d(i, o, k, padding=k // 2, groups=g) for i, o, k, g in sizes)
+    return Function(forward, *convolutions, nn.Linear(64, 4)), planes(6)
+
+
 def gated() -> Case:
     """Activations other than ReLU, factors, and a sum of branches with choices of their own, as in language models."""
 
@@ -287,7 +299,7 @@ MODELS: dict[str, Callable[[], Case]] = {
         *(other_sizes, optional_input, named_inputs, last_token, class_token, read_twice, input_read_late),
         *(norm_of_vectors, reflected, output_size, integer_sum, input_without_samples, returned_size),
         *(norm_with_activation, residual_blocks, huge_sums, other_layouts, squeeze_and_excite, normed_shortcut),
-        *(gated, weight_used_elsewhere, padded_outside),
+        *(grouped, gated, weight_used_elsewhere, padded_outside),
     )
 }
 FALL_BACK = {  # and what the note says

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from python_tests.conftest import WHERE
 from smpq_ext import ops, reference
-from smpq_ext.engine.fusion import pack
+from smpq_ext.engine.fusion import is_depthwise, pack
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -64,14 +64,18 @@ def convolutions(draw: st.DrawFn) -> tuple[Any, ...]:
     depthwise = draw(st.booleans())
     parents, rows, variants, samples = (draw(st.integers(low, 3)) for low in (1, 0, 1, 1))
     channels = draw(st.sampled_from([1, 3, 4, 16, 20, 33]))
-    outs = channels if depthwise else draw(st.sampled_from([1, 5, 16, 32, 50, 64, 80]))
+    outs, groups = channels if depthwise else draw(st.sampled_from([1, 5, 16, 32, 50, 64, 80])), 1
+    if depthwise:
+        groups = channels
+    elif draw(st.booleans()):
+        groups, channels, outs = draw(st.sampled_from([(2, 8, 64), (3, 24, 6), (4, 16, 16), (8, 32, 64), (2, 6, 192)]))
     kernel, stride, before, after = ([draw(st.integers(low, 3)) for _ in range(2)] for low in (1, 1, 0, 0))
     dilation = [draw(st.integers(1, 2)) for _ in range(2)]
     height, width = (draw(st.integers(d * (k - 1) + 1, 12)) for d, k in zip(dilation, kernel, strict=True))
     padded = -(-channels // 4) * 4 if together > 1 else channels
     x = integers(*input_range, parents, samples, height, width, padded).to(kind)
     x[..., channels:] = 0
-    weight = integers(*weight_range, variants, outs, 1 if depthwise else channels, *kernel)
+    weight = integers(*weight_range, variants, outs, channels // groups, *kernel)
     weight = weight.to({torch.uint8: torch.int8}.get(kind, kind))
     sizes = zip((height, width), kernel, stride, before, after, dilation, strict=True)
     size = [(n + p + q - d * (k - 1) - 1) // s + 1 for n, k, s, p, q, d in sizes]
@@ -83,7 +87,7 @@ def convolutions(draw: st.DrawFn) -> tuple[Any, ...]:
     return (
         x,
         integers(*input_range, parents).to(kind),
-        pack(weight, depthwise, together),
+        pack(weight, groups, together),
         integers(-1000, 1000, rows, -(-outs // 16) * 16).to(torch.float32 if together == 1 else torch.int32),
         integers(0, parents, rows),
         integers(0, variants, rows),
@@ -92,7 +96,7 @@ def convolutions(draw: st.DrawFn) -> tuple[Any, ...]:
         *(norm, 1e-5, residual, residual_row, draw(st.booleans())),
         *(*draw(st.sampled_from([(0.0, 6.0), (-1e30, 1e30), (0.0, 3.4e38)])), 0),
         [*kernel, *stride, *before, *after, *dilation],
-        *(depthwise, draw(st.booleans())),
+        *(is_depthwise(weight[0], groups), draw(st.booleans())),
         *children(rows, generator, draw(st.integers(0, 4))),
     )
 
@@ -183,7 +187,7 @@ def example() -> list[Any]:
     return [
         torch.randint(0, 16, (2, 3, 5, 5, 4), dtype=torch.uint8),
         torch.zeros(2, dtype=torch.uint8),
-        pack(torch.randint(-7, 8, (2, 6, 4, 3, 3)).to(torch.int8), False, 4),
+        pack(torch.randint(-7, 8, (2, 6, 4, 3, 3)).to(torch.int8), 1, 4),
         torch.zeros(2, 16, dtype=torch.int32),
         *(torch.tensor([0, 1]), torch.tensor([1, 1])),
         *(torch.rand(2, 6), torch.rand(2, 6), torch.rand(2, 6).double(), 1e-5, None, None, False, 0.0, 6.0, 0),

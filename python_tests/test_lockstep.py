@@ -203,6 +203,12 @@ def test_what_ends_a_layer_is_part_of_its_call() -> None:
             assert set(calls) <= set(found)
 
 
+def test_grouped_convolutions_run_on_codes() -> None:
+    model, data = odd_models.build("grouped")
+    lockstep = smpq_ext.evaluator(model, data, bits=(3, 8), fixed={})._executor.lockstep
+    assert len(lockstep.integers) == 6
+
+
 @pytest.mark.parametrize("shape", [(6,), (5, 6), (6, 5, 5)])
 def test_nan_stays_where_it_is(shape: tuple[int, ...]) -> None:
     """Rows and samples whose outputs are NaN are those of the model itself."""

@@ -70,7 +70,7 @@ def size_of_outputs(outputs: Any, targets: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["assignments", "mixtures"])
-@pytest.mark.parametrize("name", [*MODELS, "residual_blocks", "gated", "squeeze_and_excite", "named_inputs"])
+@pytest.mark.parametrize("name", [*MODELS, "residual_blocks", "gated", "grouped", "squeeze_and_excite", "named_inputs"])
 def test_a_replayed_forward_has_the_same_values(name: str, mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = build(name, 0, sizes=(33,)) if name in MODELS else odd_models.build(name)
     if name not in MODELS:

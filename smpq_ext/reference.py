@@ -197,22 +197,23 @@ def coalition_convolution(
     """Row i is the epilogue of start[i] + the convolution of x[parent[i]] with weight[variant[i]].
 
     x: [parents, samples, height, width, channels], uint8 (codes) or int16 (fixed point), channels a multiple of 4, or
-    float32; padding [parents]: what stands for 0, as x; weight: [variants, blocks of 16 out, taps, channels / g, 16,
-    g], or [variants, blocks of 16 channels, taps, 16] where depthwise, int8 (g = 4), int16 (g = 2) or float32 (g = 1);
-    start: [rows, out up to a multiple of 16], int32, or float32; geometry: kernel, stride, padding before and after,
-    and dilation, for height and width each. Sums of whole numbers fit into 32 bits. The rest: `coalition_epilogue`,
-    but for find_nan.
+    float32; padding [parents]: what stands for 0, as x; weight, int8 (g = 4), int16 (g = 2) or float32 (g = 1):
+    [variants, blocks of 16 out, taps, channels of its group / g, 16, g], or, where depthwise, [variants, blocks of 16
+    channels, taps, 16]; start: [rows, out up to a multiple of 16], int32, or float32; geometry: kernel, stride, padding
+    before and after, and dilation, for height and width each. Sums of whole numbers fit into 32 bits. The rest:
+    `coalition_epilogue`, but for find_nan.
     """
     kernel, stride, before, after, dilation = (list(geometry[i : i + 2]) for i in (0, 2, 4, 6, 8))
     if depthwise:
         kernels = weight.transpose(2, 3).reshape(weight.shape[0], -1, 1, *kernel)[:, : x.shape[-1]]
     else:
-        kernels = weight.permute(0, 1, 4, 3, 5, 2).reshape(weight.shape[0], -1, x.shape[-1], *kernel)
+        depth = weight.shape[3] * weight.shape[5]
+        kernels = weight.permute(0, 1, 4, 3, 5, 2).reshape(weight.shape[0], -1, depth, *kernel)
     out = []
     for row, (p, v) in enumerate(zip(parent.tolist(), variant.tolist(), strict=True)):
         image = x[p].permute(0, 3, 1, 2).double()
         image = torch.nn.functional.pad(image, (before[1], after[1], before[0], after[0]), value=float(padding[p]))
-        groups = image.shape[1] if depthwise else 1
+        groups = image.shape[1] // kernels.shape[2]
         product = torch.nn.functional.conv2d(image, kernels[v].double(), None, stride, 0, dilation, groups)
         product = product + start[row, : product.shape[1], None, None]
         out.append(product[:, : scale.shape[1]].permute(0, 2, 3, 1))

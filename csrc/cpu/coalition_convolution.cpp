@@ -46,7 +46,7 @@ template <int T, int blocks>
 SMPQ_INLINE void multiply(const ConvolutionArgs<uint8_t>& a, const uint8_t* x, int64_t step,
                           const Image<uint8_t>& image, const int8_t* weight, const int32_t* start,
                           Ints (&out)[T][blocks]) {
-  const int64_t panel = image.tap_count * a.channels * kLanes;  // bytes of a block of channels
+  const int64_t panel = image.tap_count * a.depth * kLanes;  // bytes of a block of channels
 #if defined(__AVX512VNNI__)
   __m512i sum[T][blocks];
 #pragma GCC unroll 4
@@ -77,7 +77,7 @@ SMPQ_INLINE void multiply(const ConvolutionArgs<uint8_t>& a, const uint8_t* x, i
   for (int t = 0; t < T; ++t) std::copy(start, start + blocks * kLanes, sum[t]);
   for (int64_t k = 0; k < image.tap_count; ++k) {
     const int64_t tap = image.taps[k];
-    for (int64_t c = 0; c < a.channels; c += 4) {
+    for (int64_t c = 0; c < a.depth; c += 4) {
       for (int t = 0; t < T; ++t) {
         const uint8_t* four = x + tap + t * step + c;
         for (int o = 0; o < blocks; ++o) {
@@ -98,7 +98,7 @@ SMPQ_INLINE void multiply(const ConvolutionArgs<uint8_t>& a, const uint8_t* x, i
 template <int T, int blocks>
 SMPQ_INLINE void multiply(const ConvolutionArgs<float>& a, const float* x, int64_t step, const Image<float>& image,
                           const float* weight, const float* start, Floats (&out)[T][blocks]) {
-  const int64_t panel = image.tap_count * a.channels * kLanes;
+  const int64_t panel = image.tap_count * a.depth * kLanes;
 #if defined(__AVX512F__)
   __m512 sum[T][blocks];
 #pragma GCC unroll 4
@@ -129,7 +129,7 @@ SMPQ_INLINE void multiply(const ConvolutionArgs<float>& a, const float* x, int64
   }
   for (int64_t k = 0; k < image.tap_count; ++k) {
     const float* pixel = x + image.taps[k];
-    for (int64_t c = 0; c < a.channels; ++c, ++pixel, weight += kLanes) {
+    for (int64_t c = 0; c < a.depth; ++c, ++pixel, weight += kLanes) {
       for (int o = 0; o < blocks; ++o) {
         Floats w;
         load(w, weight + o * panel);
@@ -145,7 +145,7 @@ template <int T, int blocks>
 SMPQ_INLINE void multiply(const ConvolutionArgs<int16_t>& a, const int16_t* x, int64_t step,
                           const Image<int16_t>& image, const int16_t* weight, const int32_t* start,
                           Ints (&out)[T][blocks]) {
-  const int64_t panel = image.tap_count * a.channels * kLanes;
+  const int64_t panel = image.tap_count * a.depth * kLanes;
 #if defined(__AVX512VNNI__)
   __m512i sum[T][blocks];
 #pragma GCC unroll 4
@@ -266,7 +266,7 @@ struct Block {
 
   Block(const ConvolutionArgs<X>& a, int64_t row_, int64_t sample_, int64_t block, int64_t taps)
       : row(row_), sample(sample_), first(block * kLanes) {
-    weight = a.weight + (a.variant[row] * a.outs + block) * taps * kLanes * (a.depthwise ? 1 : a.channels);
+    weight = a.weight + (a.variant[row] * a.outs + block) * taps * kLanes * (a.depthwise ? 1 : a.depth);
     start = a.start + row * a.outs * kLanes + first;
     if (a.products) return;
     const Epilogue& e = a.epilogue;
@@ -341,10 +341,11 @@ void line(const ConvolutionArgs<X>& a, const Image<X>& image, Block<X, blocks>& 
   }
 }
 
-// The weights of a block stay in the nearest caches while all pixels pass by.
+// Blocks up to `last`. The weights of a block stay in the nearest caches while all pixels pass by.
 template <int blocks, int T, class X>
-void channels(const ConvolutionArgs<X>& a, const Image<X>& image, int64_t row, int64_t sample, int64_t& block) {
-  for (; block + blocks <= a.outs; block += blocks) {
+void channels(const ConvolutionArgs<X>& a, const Image<X>& image, int64_t row, int64_t sample, int64_t& block,
+              int64_t last) {
+  for (; block + blocks <= last; block += blocks) {
     Block<X, blocks> b(a, row, sample, block, image.tap_count);
     for (int64_t oy = 0; oy < a.out_height; ++oy) line<T>(a, image, b, oy, 0);
     if (a.products) b.write_moments(a);
@@ -388,13 +389,13 @@ void coalition_convolution(const ConvolutionArgs<X>& a, int64_t first_image, int
   const Buffer<X> padded(copied ? size : 0);
   if (beyond) std::memset(padded.data(), 0, size * sizeof(X));
   const int64_t line = width * a.channels, tap_count = a.kernel[0] * a.kernel[1];
-  const int run = a.channels % (kRun * together) ? 1 : kRun;
-  const Buffer<int64_t> taps(tap_count), runs(tap_count * (a.channels / (run * together)));
+  const int run = a.depth % (kRun * together) ? 1 : kRun;
+  const Buffer<int64_t> taps(tap_count), runs(tap_count * (a.depth / (run * together)));
   int64_t *tap = taps.data(), *next = runs.data();
   for (int64_t ky = 0; ky < a.kernel[0]; ++ky) {
     for (int64_t kx = 0; kx < a.kernel[1]; ++kx) {
       *tap = ky * a.dilation[0] * line + kx * a.dilation[1] * a.channels;
-      for (int64_t c = 0; c < a.channels; c += run * together) *next++ = *tap + c;
+      for (int64_t c = 0; c < a.depth; c += run * together) *next++ = *tap + c;
       ++tap;
     }
   }
@@ -403,12 +404,14 @@ void coalition_convolution(const ConvolutionArgs<X>& a, int64_t first_image, int
   for (int64_t unit = first_image; unit < last_image; ++unit) {
     const int64_t row = unit / a.samples, sample = unit % a.samples;
     image.x = framed(a, a.parent[row], sample, frame);
+    constexpr int kAlone = std::is_same_v<X, float> ? 16 : 8;
     int64_t block = 0;
-    if (!a.depthwise) {
-      if (!std::is_same_v<X, float>) channels<4, 4>(a, image, row, sample, block);
-      channels<2, 8>(a, image, row, sample, block);
+    if (a.depthwise) channels<1, kAlone>(a, image, row, sample, block, a.outs);
+    for (int64_t last = a.group_outs; block < a.outs; last += a.group_outs, image.x += a.depth) {
+      if (!std::is_same_v<X, float>) channels<4, 4>(a, image, row, sample, block, last);
+      channels<2, 8>(a, image, row, sample, block, last);
+      channels<1, kAlone>(a, image, row, sample, block, last);
     }
-    channels<1, std::is_same_v<X, float> ? 16 : 8>(a, image, row, sample, block);
   }
 }
 

@@ -40,12 +40,12 @@ __device__ __forceinline__ Pixel pixel_at(const Args& a, int64_t parent, int64_t
   return p;
 }
 
-// Walks over words of four channels, tap by tap.
+// Walks over words of four channels of a group, tap by tap.
 struct Walk {
   int64_t word, words, tap_y, tap_x, index;
 
   __device__ __forceinline__ Walk(const Args& a, int64_t first)
-      : word(0), words(a.channels / 4), tap_y(0), tap_x(0), index(0) {
+      : word(0), words(a.depth / 4), tap_y(0), tap_x(0), index(0) {
     advance(a, first);
   }
   __device__ __forceinline__ void advance(const Args& a, int64_t by) {
@@ -94,10 +94,12 @@ __global__ void __launch_bounds__(kThreads) multiply(const Args a, int64_t tiles
   const int64_t row = a.first_row + blockIdx.x / tiles / groups, parent = a.parent[row];
   const int lane = threadIdx.x % kWarp;
   const int64_t pixel = tile * kPixels + threadIdx.x / kWarp * 16 + lane / 4;
-  const Pixel upper = pixel_at(a, parent, pixel), lower = pixel_at(a, parent, pixel + 8);
+  Pixel upper = pixel_at(a, parent, pixel), lower = pixel_at(a, parent, pixel + 8);
   const uint32_t padding = a.padding[parent] * 0x01010101u;
-  const int64_t words = a.kernel[0] * a.kernel[1] * (a.channels / 4);
-  const int64_t block = group * blocks;
+  const int64_t words = a.kernel[0] * a.kernel[1] * (a.depth / 4);
+  const int64_t block = group * blocks, seen = block / a.group_outs * a.depth;  // the first channel of its group
+  upper.image += seen;
+  lower.image += seen;
   const auto* weight = reinterpret_cast<const uint32_t*>(a.weight) + (a.variant[row] * a.outs + block) * words * 16;
   int32_t sum[blocks * 2][4] = {};
   Walk near(a, lane % 4), far(a, lane % 4 + 4);
@@ -157,7 +159,10 @@ void coalition_convolution(const ConvolutionArgs<uint8_t>& a, int64_t last_row, 
     return launch("coalition_convolution", multiply_depthwise, blocks_for(count), 0, stream, a, pairs, count);
   }
   const int64_t tiles = (a.epilogue.pixels + kPixels - 1) / kPixels;
-  const int64_t together = a.outs >= 4 ? 4 : a.outs >= 2 ? 2 : 1, groups = (a.outs + together - 1) / together;
+  const int64_t own = a.group_outs;
+  const bool one = own == a.outs;  // then the last warps may have fewer blocks
+  const int64_t together = (one ? own >= 4 : own % 4 == 0) ? 4 : (one ? own >= 2 : own % 2 == 0) ? 2 : 1;
+  const int64_t groups = (a.outs + together - 1) / together;
   const auto kernel = together == 4 ? multiply<4> : together == 2 ? multiply<2> : multiply<1>;
   launch("coalition_convolution", kernel, rows * tiles * groups, 0, stream, a, tiles, groups);
 }

@@ -46,7 +46,7 @@ class FixedLayer(FloatLayer):
             torch.maximum(sizes.amax(2) / 32767, sizes.sum(2) * (self._input / LARGEST)).clamp(min=1e-30).double()
         )
         whole = (kernels / self._steps[..., None, None, None]).round().to(torch.int16)
-        self._packed = pack(whole, self.depthwise, 2)
+        self._packed = pack(whole, self.groups, 2)
         rows = torch.zeros(self.layer.executor.rows, dtype=torch.int64)
         self._variant = rows if self._unquantized is not None else torch.tensor(self.layer.variant)
 

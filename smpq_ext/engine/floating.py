@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smpq_ext.engine.executor import QuantizedLayer
-from smpq_ext.engine.fusion import LANES, Product, pack
+from smpq_ext.engine.fusion import LANES, Product, is_depthwise, pack
 
 
 class FloatLayer:
@@ -23,10 +23,11 @@ class FloatLayer:
 
     def __init__(self, layer: QuantizedLayer) -> None:
         self.layer = layer
-        kernel, self.depthwise = kernel_of(layer, layer.source)
+        kernel, self.groups = kernel_of(layer, layer.source)
+        self.depthwise = is_depthwise(kernel, self.groups)
         if kernel.is_cuda:
             raise ValueError("on CUDA the kernel multiplies codes alone")
-        self._unquantized = pack(kernel[None], self.depthwise, 1) if layer.weight is None else None
+        self._unquantized = pack(kernel[None], self.groups, 1) if layer.weight is None else None
         self._channels = len(kernel)
         self._grids = torch.empty(0, 4)  # [candidates, 4]
         if (g := layer.activation) is not None:
@@ -39,7 +40,7 @@ class FloatLayer:
         if self._unquantized is None:
             variants = self.layer.variants
             kernels = variants if self.layer.conv2d else variants[..., None, None]
-            self._packed = pack(kernels, self.depthwise, 1)
+            self._packed = pack(kernels, self.groups, 1)
             self._variant = torch.tensor(self.layer.variant)
         else:
             self._packed, self._variant = self._unquantized, torch.zeros(self.layer.executor.rows, dtype=torch.int64)
@@ -64,8 +65,8 @@ class FloatLayer:
         )
 
 
-def kernel_of(layer: QuantizedLayer, weight: Tensor) -> tuple[Tensor, bool]:
-    """The weight as that of a 2-d convolution, [out, in, kh, kw], and whether it is depthwise.
+def kernel_of(layer: QuantizedLayer, weight: Tensor) -> tuple[Tensor, int]:
+    """The weight as that of a 2-d convolution, [out, in / groups, kh, kw], and its groups.
 
     Raises ValueError where the kernel has no such layer.
     """
@@ -74,7 +75,4 @@ def kernel_of(layer: QuantizedLayer, weight: Tensor) -> tuple[Tensor, bool]:
     if weight.dtype != torch.float32:
         raise ValueError("only float32 models")
     kernel = weight if layer.conv2d else weight[..., None, None]
-    groups = layer.module.groups if layer.conv2d else 1
-    if groups > 1 and not groups == layer.module.in_channels == len(kernel):
-        raise ValueError("no groups of several channels")
-    return kernel, groups > 1
+    return kernel, layer.module.groups if layer.conv2d else 1

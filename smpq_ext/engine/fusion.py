@@ -196,21 +196,33 @@ class Fusion:
         return Call(product, parent, scale.float().contiguous(), bias, norm, eps)
 
 
-def pack(kernels: Tensor, depthwise: bool, together: int) -> Tensor:
-    """[variants, out, in, kh, kw] as the kernel reads it, zeros where none is.
+def pack(kernels: Tensor, groups: int, together: int) -> Tensor:
+    """[variants, out, in / groups, kh, kw] as the kernel reads it, zeros where none is.
 
-    Returns [variants, blocks of 16 out, taps, in / together, 16, together], or, where depthwise, [variants, blocks of
-    16 channels, taps, 16].
+    Returns [variants, blocks of 16 out, taps, in of a group / together, 16, together], groups being put together until
+    they fill blocks, or, where depthwise, [variants, blocks of 16 channels, taps, 16].
     """
     variants, outs, channels = kernels.shape[:3]
-    if depthwise:
+    if is_depthwise(kernels[0], groups):
         padded = torch.nn.functional.pad(kernels.flatten(2), (0, 0, 0, -outs % LANES))
         return padded.view(variants, -1, LANES, padded.shape[2]).transpose(2, 3).contiguous()
+    if groups > 1:
+        fills = (m for m in range(1, groups) if groups % m == 0 and m * outs // groups % LANES == 0)
+        joined = next((m for m in fills if m * channels % 4 == 0), groups)
+        apart = kernels.unflatten(1, (groups // joined, joined, -1))
+        alone = torch.eye(joined, dtype=kernels.dtype, device=kernels.device)[:, None, :, None, None, None]
+        kernels = (apart[:, :, :, :, None] * alone).flatten(4, 5).flatten(1, 3)
+        channels *= joined
     beyond = -channels % (4 if together > 1 else 1)  # codes and fixed point come in fours of channels
     padded = torch.nn.functional.pad(kernels, (0, 0, 0, 0, 0, beyond, 0, -outs % LANES))
     groups = padded.shape[2] // together
     blocks = padded.reshape(variants, -1, LANES, groups, together, kernels.shape[3] * kernels.shape[4])
     return blocks.permute(0, 1, 5, 3, 2, 4).contiguous()
+
+
+def is_depthwise(kernel: Tensor, groups: int) -> bool:
+    """Whether every channel of a convolution with the weight [out, in / groups, ...] has one of its own."""
+    return groups > 1 and groups == len(kernel) and kernel.shape[1] == 1
 
 
 def _readers(reads: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from smpq_ext.engine.executor import QuantizedLayer
 from smpq_ext.engine.floating import kernel_of
-from smpq_ext.engine.fusion import LANES, Product, pack
+from smpq_ext.engine.fusion import LANES, Product, is_depthwise, pack
 from smpq_ext.engine.grids import Grids
 
 
@@ -30,7 +30,8 @@ class IntegerLayer:
             raise ValueError("only where weight and input are quantized")
         if int(activation.quant_max.max()) > 255 or int(weight.quant_max.max()) > 127:
             raise ValueError("only widths of at most 8 bits")
-        kernel, self.depthwise = kernel_of(layer, layer.source)
+        kernel, groups = kernel_of(layer, layer.source)
+        self.depthwise = is_depthwise(kernel, groups)
         outs = len(kernel)
         steps = weight.scale.double() / torch.where(weight.quant_max == 0, 2, 1)[:, None]  # 1 bit: -1 and 1 half steps
         packed, sums = [], []
@@ -39,7 +40,7 @@ class IntegerLayer:
             codes = (values / step.view(-1, *[1] * (values.dim() - 1))).nan_to_num().round().to(torch.int8)
             if 2 * 255 * int(codes.flatten(1).abs().sum(1, dtype=torch.int64).max()) >= 2**31:
                 raise ValueError("no sums of products beyond 32 bits")
-            packed.append(pack(codes.view(1, *kernel.shape), self.depthwise, 4))
+            packed.append(pack(codes.view(1, *kernel.shape), groups, 4))
             sums.append(codes.flatten(1).sum(1, dtype=torch.int32))
         self._packed = torch.cat(packed)
         self._sums = nn.functional.pad(torch.stack(sums), (0, -outs % LANES))
