@@ -19,22 +19,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.timing import interleaved, keep_freed_memory
-from smpq_ext.engine.fusion import pack
+from smpq_ext.engine.fusion import is_depthwise, pack
 
 ROWS, SAMPLES = 16, 8
-# Name -> channels in and out, size, kernel, stride, depthwise, bits of an element.
+# Name -> channels in and out, size, kernel, stride, groups, bits of an element.
 CONVOLUTIONS = {
-    "3x3, 16, 32x32": (16, 16, 32, 3, 1, False, 8),
-    "3x3, 32, 16x16": (32, 32, 16, 3, 1, False, 8),
-    "3x3, 64, 8x8": (64, 64, 8, 3, 1, False, 8),
-    "3x3 stride 2, 16 to 32, 32x32": (16, 32, 32, 3, 2, False, 8),
-    "1x1, 64, 28x28": (64, 64, 28, 1, 1, False, 8),
-    "1x1, 256, 7x7": (256, 256, 7, 1, 1, False, 8),
-    "depthwise, 64, 28x28": (64, 64, 28, 3, 1, True, 8),
-    "fixed point, 3x3, 16, 32x32": (16, 16, 32, 3, 1, False, 16),
-    "fixed point, 3x3, 64, 8x8": (64, 64, 8, 3, 1, False, 16),
-    "float, 3x3, 16, 32x32": (16, 16, 32, 3, 1, False, 32),
-    "float, 3x3, 64, 8x8": (64, 64, 8, 3, 1, False, 32),
+    "3x3, 16, 32x32": (16, 16, 32, 3, 1, 1, 8),
+    "3x3, 32, 16x16": (32, 32, 16, 3, 1, 1, 8),
+    "3x3, 64, 8x8": (64, 64, 8, 3, 1, 1, 8),
+    "3x3 stride 2, 16 to 32, 32x32": (16, 32, 32, 3, 2, 1, 8),
+    "1x1, 64, 28x28": (64, 64, 28, 1, 1, 1, 8),
+    "1x1, 256, 7x7": (256, 256, 7, 1, 1, 1, 8),
+    "depthwise, 64, 28x28": (64, 64, 28, 3, 1, 64, 8),
+    "3x3 in 32 groups, 128, 14x14": (128, 128, 14, 3, 1, 32, 8),
+    "fixed point, 3x3, 16, 32x32": (16, 16, 32, 3, 1, 1, 16),
+    "fixed point, 3x3, 64, 8x8": (64, 64, 8, 3, 1, 1, 16),
+    "float, 3x3, 16, 32x32": (16, 16, 32, 3, 1, 1, 32),
+    "float, 3x3, 64, 8x8": (64, 64, 8, 3, 1, 1, 32),
 }
 # Name -> heads, tokens, size, causal.
 ATTENTIONS = {
@@ -66,8 +67,8 @@ def report(
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolution(benchmark: Any, table: list[dict[str, Any]], threads: int, name: str) -> None:
-    channels, outs, size, k, stride, depthwise, bits = CONVOLUTIONS[name]
-    pad, groups = k // 2, channels if depthwise else 1
+    channels, outs, size, k, stride, groups, bits = CONVOLUTIONS[name]
+    pad = k // 2
     weight = torch.randint(-127, 128, (5, outs, channels // groups, k, k))
     rows = torch.arange(ROWS)
     dtypes = {8: (torch.uint8, torch.int8), 16: (torch.int16, torch.int16), 32: (torch.float32, torch.float32)}
@@ -79,9 +80,10 @@ def test_convolution(benchmark: Any, table: list[dict[str, Any]], threads: int, 
     start = torch.zeros(ROWS, -(-outs // 16) * 16, dtype=torch.float32 if bits == 32 else torch.int32)
     ours = functools.partial(
         torch.ops.smpq.coalition_convolution,
-        *(x, torch.zeros(ROWS, dtype=x.dtype), pack(weight.to(dtypes[bits][1]), depthwise, 32 // bits), start),
+        *(x, torch.zeros(ROWS, dtype=x.dtype), pack(weight.to(dtypes[bits][1]), groups, 32 // bits), start),
         *(rows, rows % 5, torch.full((ROWS, outs), 1e-4), torch.zeros(ROWS, outs), None, 0.0, None, None),
-        *(0.0, math.inf, [k, k, stride, stride, pad, pad, pad, pad, 1, 1], depthwise, False, [rows], [grid], [bits]),
+        *(False, 0.0, math.inf, 0, [k, k, stride, stride, pad, pad, pad, pad, 1, 1], is_depthwise(weight[0], groups)),
+        *(False, [rows], [grid], [bits]),
     )
     images = x.flatten(0, 1).permute(0, 3, 1, 2)
     kernel = weight[0].float().contiguous(memory_format=torch.channels_last)
