@@ -58,7 +58,7 @@ SMPQ_INLINE void exponential(Floats& x) {
 struct Head {
   const AttentionArgs& a;
   const int64_t value_size;  // up to a multiple of kStep
-  const Buffer<float> zeros, v, q, scores, out;
+  const Buffer<float> zeros, v, q, scores;
   const float* k = nullptr;
 
   explicit Head(const AttentionArgs& args)
@@ -67,8 +67,7 @@ struct Head {
         zeros(a.size),
         v(a.keys * value_size),
         q(a.size * kQueries),
-        scores((a.keys + kStep) * kQueries),
-        out(value_size * kQueries) {
+        scores((a.keys + kStep) * kQueries) {
     std::fill_n(zeros.data(), a.size, 0.0f);
   }
 
@@ -119,8 +118,42 @@ SMPQ_INLINE void score(const Head& h, int64_t first_query, int64_t count, Floats
   }
 }
 
-// out = softmax(scores) * v
-SMPQ_INLINE void weigh(const Head& h, int64_t count, const Floats (&largest)[kVectors]) {
+// Entries [first, first + kStep), as far as they are there, of 16 queries, as far as they are: a lane is a query.
+SMPQ_INLINE void write(const Head& h, float* out, int64_t first, int64_t queries, const Floats (&entry)[kStep]) {
+  // Twice two vectors interleaved: four entries of a query side by side.
+  float four[kStep / 4][4][kLanes];  // [.., a query of four, its four]
+  for (int half = 0; half < kStep / 4; ++half) {
+    const Floats* e = entry + 4 * half;
+    Floats pair[4];
+    for (int k = 0; k < 2; ++k) {
+      pair[k] =
+          __builtin_shufflevector(e[2 * k], e[2 * k + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+      pair[2 + k] =
+          __builtin_shufflevector(e[2 * k], e[2 * k + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    }
+    for (int k = 0; k < 2; ++k) {
+      const Floats &a = pair[2 * k], &b = pair[2 * k + 1];
+      const Floats even = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+      const Floats odd = __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+      std::memcpy(four[half][2 * k], &even, sizeof even);
+      std::memcpy(four[half][2 * k + 1], &odd, sizeof odd);
+    }
+  }
+  const int64_t step = h.a.heads * h.a.value_size, there = h.a.value_size - first;
+  for (int64_t i = 0; i < queries; ++i, out += step) {
+    for (int half = 0; half < kStep / 4; ++half) {
+      const float* from = four[half][i % 4] + i / 4 * 4;
+      if (there >= 4 * half + 4) {
+        std::memcpy(out + first + 4 * half, from, 4 * sizeof(float));
+      } else {
+        for (int64_t d = 4 * half; d < there; ++d) out[first + d] = from[d - 4 * half];
+      }
+    }
+  }
+}
+
+// softmax(scores) * v, of so many queries.
+SMPQ_INLINE void weigh(const Head& h, int64_t count, const Floats (&largest)[kVectors], int64_t queries, float* out) {
   Floats total[kVectors] = {};
   for (int64_t key = 0; key < count; ++key) {
 #pragma GCC unroll 2
@@ -134,6 +167,7 @@ SMPQ_INLINE void weigh(const Head& h, int64_t count, const Floats (&largest)[kVe
       std::memcpy(at, &s, sizeof s);
     }
   }
+  for (Floats& t : total) t = 1.0f / t;
   for (int64_t first = 0; first < h.value_size; first += kStep) {
     Floats sum[kStep][kVectors] = {};
     const int64_t there = std::min(count, h.a.keys);
@@ -148,13 +182,13 @@ SMPQ_INLINE void weigh(const Head& h, int64_t count, const Floats (&largest)[kVe
         for (int n = 0; n < kVectors; ++n) multiply_add(sum[j][n], p[n], v[j]);
       }
     }
-#pragma GCC unroll 8
-    for (int j = 0; j < kStep; ++j) {
 #pragma GCC unroll 2
-      for (int n = 0; n < kVectors; ++n) {
-        const Floats y = sum[j][n] / total[n];
-        std::memcpy(h.out.data() + (first + j) * kQueries + n * kLanes, &y, sizeof y);
-      }
+    for (int n = 0; n < kVectors; ++n) {
+      Floats entry[kStep];
+#pragma GCC unroll 8
+      for (int j = 0; j < kStep; ++j) entry[j] = sum[j][n] * total[n];
+      write(h, out + n * kLanes * h.a.heads * h.a.value_size, first, std::min<int64_t>(kLanes, queries - n * kLanes),
+            entry);
     }
   }
 }
@@ -182,11 +216,7 @@ void coalition_attention(const AttentionArgs& a, int64_t first_head, int64_t las
       const int64_t count = (seen + kStep - 1) / kStep * kStep;
       Floats largest[kVectors];
       score(h, first, count, largest);
-      weigh(h, count, largest);
-      for (int64_t i = 0; i < there; ++i) {
-        float* to = out + (first + i) * a.heads * a.value_size;
-        for (int64_t d = 0; d < a.value_size; ++d) to[d] = h.out.data()[d * kQueries + i];
-      }
+      weigh(h, count, largest, there, out + first * a.heads * a.value_size);
     }
   }
 }
