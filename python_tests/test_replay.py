@@ -42,7 +42,7 @@ class Emulated:
 
     count = replays = 0
 
-    def __init__(self, run: Callable[[Any], Any], inputs: Any, pool: Any) -> None:
+    def __init__(self, run: Callable[[Any], Any], inputs: Any, device: torch.device, pool: Any) -> None:
         self.inputs = tree_map(torch.clone, inputs)
         with Recording() as recording, pytest.MonkeyPatch.context() as forbidden:
             forbidden.setattr(torch, "from_numpy", None)
@@ -88,7 +88,7 @@ def test_a_replayed_forward_has_the_same_values(name: str, mixed: bool, monkeypa
     monkeypatch.setattr(replay, "Recorded", Emulated)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(lockstep, "asks", False)
-    ev._executor.replay = replay.Replay(lockstep)
+    ev._executor.replay = replay.Replay(lockstep, ev.device)
     records, replays = Emulated.count, Emulated.replays
     np.testing.assert_array_equal(ev.by_group(rows), expected)
     assert Emulated.count - records >= chunks

@@ -456,7 +456,7 @@ class TorchEvaluator:
         executor = self._executor
         assert executor.lockstep is not None
         try:
-            executor.replay = Replay(executor.lockstep)
+            executor.replay = Replay(executor.lockstep, self.device)
             with _Loaded(self, rows):
                 first, *others = (executor.forward(batch, 0, min(batch.size, MERGE)) for _ in range(3))
             same, why = all(_close(x, first) for x in others), "gives other values"

@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 class Recorded:
     """One forward as a CUDA graph. The forward reads nothing back from the device, and makes nothing on the host."""
 
-    def __init__(self, run: Callable[[Any], Any], inputs: Any, pool: Any) -> None:
+    def __init__(self, run: Callable[[Any], Any], inputs: Any, device: torch.device, pool: Any) -> None:
         self.inputs = _copy(inputs)
         self.graph = torch.cuda.CUDAGraph()
-        here, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        here, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
         stream.wait_stream(here)
         # Not torch.cuda.graph, which gives the memory that torch has cached back to the driver first.
         with torch.cuda.stream(stream):
@@ -39,8 +39,8 @@ class Recorded:
 class Replay:
     """Runs `run(inputs, samples)`; from the second call for a number of samples on, its record."""
 
-    def __init__(self, run: Callable[[Any, int], Any]) -> None:
-        self.run = run
+    def __init__(self, run: Callable[[Any, int], Any], device: torch.device) -> None:
+        self.run, self.device = run, device
         self._pool = torch.cuda.graph_pool_handle()  # one after the other, records use the same memory
         self._records: dict[int, Recorded | None] = {}
 
@@ -54,7 +54,7 @@ class Replay:
             return self.run(inputs, samples)
         record = self._records[samples]
         if record is None:
-            record = self._records[samples] = Recorded(lambda x: self.run(x, samples), inputs, self._pool)
+            record = self._records[samples] = Recorded(lambda x: self.run(x, samples), inputs, self.device, self._pool)
         return record(inputs)
 
 
