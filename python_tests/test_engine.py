@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import smpq_ext
 from python_tests.plain_loop import oracle, random_assignments, random_mixtures
 from python_tests.random_models import CLASSES, MODELS, build
-from smpq_ext.core import SmpqError
+from smpq_ext.core import Plan, SmpqError
 
 BITS = (2, 3, 8)
 slow = settings(max_examples=16, deadline=None, derandomize=True, phases=[Phase.generate], report_multiple_bugs=False)
@@ -703,3 +703,92 @@ def test_what_cannot_be_cut_or_reached_is_said() -> None:
         smpq_ext.evaluator(scripted, data, bits=(2,), fixed={})
     ev = smpq_ext.evaluator(Keyword(nn.Linear(4, 4), nn.Linear(4, 3)), data, bits=(2, 4), fixed={})
     assert "by keyword" in ev.left_out["0"] and ev.slots == ("1.weight", "1.activation")
+
+
+class Cumulative(nn.Module):
+    """A sample sees those before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x)).cumsum(0))
+
+
+class Largest(Cumulative):
+    """All samples see the largest of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.a(x))
+        return self.b(hidden / hidden.max())
+
+
+class Few(Cumulative):
+    """No more than 64 samples, or other values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(torch.relu(self.a(x)))
+        return y if x.shape[0] <= 64 else 0 * y
+
+
+class Table(Cumulative):
+    """No more than 64 samples, or an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(64, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x))) + self.table[: len(x)]
+
+
+@pytest.mark.parametrize("kind", [Cumulative, Largest, Few, Table])
+def test_models_that_must_not_be_folded_run_one_coalition_at_a_time(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, data = kind(), [(torch.randn(64, 6), torch.randint(0, 5, (64,)))]
+    ev = smpq_ext.evaluator(model, data, bits=(2, 4, 8), fixed={})
+    assert "coalitions run one at a time" in " ".join(ev.notes)
+    rows = np.random.default_rng(0).integers(0, 3, (5, len(ev.slots))).astype(np.int8)
+    together = ev(rows)
+    np.testing.assert_array_equal(together, [ev(row[None])[0] for row in rows])
+    for row, value in zip(rows, together, strict=True):
+        widths = ev.space.bits(row)
+        plan = Plan("", 0, ev.fingerprint, widths, ev.grids_for(widths), {})
+        assert -value == pytest.approx(ev.loss_of(smpq_ext.apply(model, plan)), rel=1e-5)
+
+
+def test_layers_that_share_a_weight_share_its_grid() -> None:
+    """Also where one of them follows a ReLU and the other does not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5))
+    model[2].weight = model[0].weight
+    ev = smpq_ext.evaluator(model, [(torch.randn(32, 16), torch.randint(0, 5, (32,)))], bits=(2, 3), fixed={})
+    for one, other in zip(ev.grids["0.weight"], ev.grids["2.weight"], strict=True):
+        assert (one.quant_min, one.quant_max) == (other.quant_min, other.quant_max)
+        np.testing.assert_array_equal(one.scale, other.scale)
+    row = ev.space.lowest()
+    widths = ev.space.bits(row)
+    plan = Plan("", 0, ev.fingerprint, widths, ev.grids_for(widths), {})
+    assert -ev(row[None])[0] == pytest.approx(ev.loss_of(smpq_ext.apply(model, plan)), rel=1e-5)
+
+
+def test_capturing_says_nothing_on_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    class Branches(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self[0](x)
+            return self[1](y if y.mean() > 0.1 else -y)
+
+    model = Branches(nn.Linear(6, 8), nn.Linear(8, 5))
+    ev = smpq_ext.evaluator(model, [(torch.randn(8, 6), torch.randint(0, 5, (8,)))], bits=(4, 8), fixed={})
+    assert ev.notes and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [(torch.randint(0, 5, (4, 6, 6)), "classes second; give loss=torch"), (torch.rand(4, 5, 6, 6).long(), "one-hot")],
+)
+def test_targets_that_do_not_fit_are_told_apart(targets: Tensor, message: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 5, 1))
+    with pytest.raises(SmpqError, match=message):
+        smpq_ext.evaluator(model, [(torch.randn(4, 3, 6, 6), targets)], bits=(4, 8))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import logging
 import operator
 import warnings
@@ -34,6 +36,7 @@ FORWARDS = {
 EQUAL_SAMPLES = {aten.expand.default, aten.repeat.default, aten.full.default, aten.zeros.default, aten.ones.default}
 # What takes only dtype and device of its operand.
 NEW = {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
+MIXES = "mixes the samples"
 ROOT = 0  # the place of what depends on no slot: one row
 
 
@@ -139,7 +142,12 @@ def _export(model: nn.Module, batch: Batch) -> tuple[torch.export.ExportedProgra
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             program = program.run_decompositions({})
     except Exception as error:
-        raise Uncapturable(f"torch.export: {str(error).strip().splitlines()[0]}") from error
+        why = f"torch.export: {str(error).strip().splitlines()[0]}"
+        if "Constraints violated" in why:
+            why = (
+                "its forward makes a constant of the number of samples; x.shape[0] in place of len(x) keeps it variable"
+            )
+        raise Uncapturable(why) from error
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         raise Uncapturable("its forward changes buffers or inputs")
@@ -157,7 +165,8 @@ def _no_logging() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.disable(before)
 
@@ -253,7 +262,7 @@ class _Builder:
         args, kwargs = (self._arguments(x, operands) for x in (given, dict(node.kwargs)))
         if not self._has_samples(node):
             if any(self.steps[k].place is not None for k in operands):
-                raise Uncapturable(f"{node.name} mixes the samples")
+                raise Uncapturable(f"{node.name} {MIXES}")
             if not self.constants.keys() >= set(operands):
                 raise Uncapturable(f"{node.name} depends on an input without samples")
             self._add(node, Step(target, args, kwargs, None, tuple(operands)))

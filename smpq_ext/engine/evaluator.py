@@ -22,7 +22,7 @@ import smpq_ext
 from smpq_ext import ops
 from smpq_ext.core import Assignments, Grid, Mixtures, SmpqError, Values
 from smpq_ext.engine import attention, grids, losses, samples
-from smpq_ext.engine.capture import Graph, Uncapturable, capture
+from smpq_ext.engine.capture import MIXES, Graph, Uncapturable, capture
 from smpq_ext.engine.executor import MERGE, Executor
 from smpq_ext.engine.fixed_point import FixedLayer
 from smpq_ext.engine.floating import FloatLayer
@@ -136,7 +136,7 @@ class TorchEvaluator:
         self.peak_bytes = 0
         with quiet(self.device):
             self._executor.channels_last = self._channels_last_works(batches[0])
-            self._folds = self._fold_works(batches[0])
+            self._folds = self._fold_works(batches[0]) and not (isinstance(graph, str) and MIXES in graph)
             if not self._folds:
                 self.notes += (
                     "the model mixes samples, or their dimension is not the first: coalitions run one at a time",
@@ -296,6 +296,10 @@ class TorchEvaluator:
         rows = memory // self._row_bytes
         rows = min(rows, max(cached // self._samples, 8 if whole and lockstep else 1))
         self.rows_per_batch = max(1, int(rows)) if self._folds else 1
+        together = np.repeat(assignment, self.rows_per_batch, axis=0).astype(np.float32)
+        if not lockstep and self.rows_per_batch > 1 and not self._folded_as_alone(together):
+            self._folds, self.rows_per_batch = False, 1
+            self.notes += ("the model does not take more samples than it was given: coalitions run one at a time",)
 
     def _largest(self, batch: Batch, few: int, room: int) -> int:
         """The bytes, for one row and sample, of the largest value that grows with the rows; what all share does not.
@@ -502,8 +506,11 @@ class TorchEvaluator:
             batch = batch.take(torch.zeros(2, dtype=torch.int64))
         try:
             together, inputs = self._executor.forward(batch, 0, 2 * half), list(seen)
-            seen.clear()
-            alone = self._executor.forward(batch, 0, half)
+            alone = []
+            for start in (0, half):  # both: samples may see only those before them
+                seen.clear()
+                outputs = self._executor.forward(batch, start, start + half)
+                alone.append((list(seen), outputs))
         except Exception:
             return False
         finally:
@@ -511,8 +518,22 @@ class TorchEvaluator:
                 handle.remove()
         if [x.shape[:1] for x in inputs] != [torch.Size([2 * x.shape[0]]) if x.dim() else x.shape for x in seen]:
             return False  # something that enters a layer does not grow with the batch
-        ours = samples.part((inputs, together), 2 * half, 0, half)
-        return _close(ours, (seen, alone))
+        parts = (samples.part((inputs, together), 2 * half, start, start + half) for start in (0, half))
+        return all(_close(part, own) for part, own in zip(parts, alone, strict=True))
+
+    def _folded_as_alone(self, rows: NDArray[np.float32]) -> bool:
+        """Whether the model runs, and gives the same, for as many samples at once as these equal rows make."""
+        batch = max(self._run_batches, key=lambda b: b.size)
+        count, size = len(rows), min(self._samples, batch.size)
+        try:
+            with _Loaded(self, rows):
+                last = samples.part(
+                    self._executor.forward(batch, 0, size), count * size, (count - 1) * size, count * size
+                )
+        except Exception:
+            return False
+        with _Loaded(self, rows[:1]):
+            return _close(last, self._executor.forward(batch, 0, size))
 
     def _model_digest(self, layers: list[Layer], loss: str) -> str:
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}

@@ -94,10 +94,15 @@ def calibrate(layers: list[Layer], space: Space, seen: Mapping[str, Observed], h
     """The grids of every slot that is not float."""
     widths = {s.name: c for s, c in zip(space.slots, space.candidates, strict=True)}
     widths |= {s.name: (w,) for s, w in space.fixed if w != FLOAT_BITS}
+    signed: dict[int, bool] = {}  # of what meets a weight; layers that share one have one grid
+    for layer in layers:
+        key = layer.weight.data_ptr()
+        signed[key] = signed.get(key, True) and seen[layer.name].low < 0
     found: dict[str, Grids] = {}
     for layer in layers:
         if (name := f"{layer.name}.weight") in widths:
-            found[name] = weight_grids(layer.weight, layer.axis, widths[name], how, seen[layer.name].low < 0)
+            both = signed[layer.weight.data_ptr()]
+            found[name] = weight_grids(layer.weight, layer.axis, widths[name], how, both)
         if (name := f"{layer.name}.activation") in widths:
             found[name] = activation_grids(seen[layer.name], widths[name], how)
     return found

@@ -30,6 +30,16 @@ def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
     """
     if not isinstance(outputs, Tensor) or outputs.shape[:-1] != targets.shape:
         shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        if isinstance(outputs, Tensor) and (*outputs.shape[:1], *outputs.shape[2:]) == targets.shape:
+            raise SmpqError(
+                f"loss: cross-entropy wants outputs [..., classes]; those of the model, {shape} for targets "
+                f"{tuple(targets.shape)}, seem to have the classes second; give loss=torch.nn.functional.cross_entropy"
+            )
+        if isinstance(outputs, Tensor) and outputs.shape == targets.shape:
+            raise SmpqError(
+                f"loss: cross-entropy wants integer targets [...] for outputs [..., classes], and targets {shape} look "
+                "one-hot; give targets.argmax(-1), " + OWN
+            )
         raise SmpqError(
             f"loss: cross-entropy wants outputs [..., classes] for targets {tuple(targets.shape)}, "
             f"the model gives {shape}; change the model's output, {OWN}"
