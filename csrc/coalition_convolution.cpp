@@ -155,7 +155,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SMPQ_LIBRARY, m) {
   m.def(
       "coalition_convolution(Tensor x, Tensor padding, Tensor weight, Tensor start, Tensor parent, Tensor variant, "
       "Tensor scale, Tensor bias, Tensor? norm, float eps, Tensor? residual, Tensor? residual_row, bool "
-      "multiplies, float low, float high, int activation, SymInt[] geometry, bool depthwise, bool values, Tensor[] "
+      "multiplies, float low, float high, SymInt activation, SymInt[] geometry, bool depthwise, bool values, Tensor[] "
       "child_row, Tensor[] child_grid, SymInt[] child_bits) -> Tensor[]");
 }
 

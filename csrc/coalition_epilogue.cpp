@@ -45,7 +45,7 @@ std::vector<Tensor> coalition_epilogue(const Tensor& x, const Tensor& parent, co
 STABLE_TORCH_LIBRARY_FRAGMENT(SMPQ_LIBRARY, m) {
   m.def(
       "coalition_epilogue(Tensor x, Tensor parent, Tensor? scale, Tensor? bias, Tensor? norm, float eps, Tensor? "
-      "residual, Tensor? residual_row, bool multiplies, float low, float high, int activation, bool values, bool "
+      "residual, Tensor? residual_row, bool multiplies, float low, float high, SymInt activation, bool values, bool "
       "find_nan, Tensor[] child_row, Tensor[] child_grid, SymInt[] child_bits) -> Tensor[]");
 }
 
