@@ -296,8 +296,7 @@ class TorchEvaluator:
         rows = memory // self._row_bytes
         rows = min(rows, max(cached // self._samples, 8 if whole and lockstep else 1))
         self.rows_per_batch = max(1, int(rows)) if self._folds else 1
-        together = np.repeat(assignment, self.rows_per_batch, axis=0).astype(np.float32)
-        if not lockstep and self.rows_per_batch > 1 and not self._folded_as_alone(together):
+        if not lockstep and self.rows_per_batch > 1 and not self._folded_as_alone(assignment.astype(np.float32)):
             self._folds, self.rows_per_batch = False, 1
             self.notes += ("the model does not take more samples than it was given: coalitions run one at a time",)
 
@@ -521,18 +520,18 @@ class TorchEvaluator:
         parts = (samples.part((inputs, together), 2 * half, start, start + half) for start in (0, half))
         return all(_close(part, own) for part, own in zip(parts, alone, strict=True))
 
-    def _folded_as_alone(self, rows: NDArray[np.float32]) -> bool:
-        """Whether the model runs, and gives the same, for as many samples at once as these equal rows make."""
+    def _folded_as_alone(self, row: NDArray[np.float32]) -> bool:
+        """Whether the model runs, and gives the same, for as many samples at once as a chunk of equal rows makes."""
         batch = max(self._run_batches, key=lambda b: b.size)
-        count, size = len(rows), min(self._samples, batch.size)
+        count, size = self.rows_per_batch, min(self._samples, batch.size)
         try:
-            with _Loaded(self, rows):
+            with _Loaded(self, np.repeat(row, count, axis=0)):
                 last = samples.part(
                     self._executor.forward(batch, 0, size), count * size, (count - 1) * size, count * size
                 )
         except Exception:
             return False
-        with _Loaded(self, rows[:1]):
+        with _Loaded(self, row):
             return _close(last, self._executor.forward(batch, 0, size))
 
     def _model_digest(self, layers: list[Layer], loss: str) -> str:
