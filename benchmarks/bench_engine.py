@@ -119,11 +119,10 @@ def int8_limit(ev: TorchEvaluator, rows: Rows) -> float | None:
     order = np.lexsort(rows.T[::-1])
     for first in range(0, len(rows), ev.rows_per_batch):
         chunk = rows[order[first : first + ev.rows_per_batch]].astype(np.int64)
-        executor.load(ev._by_slot(ev.space.one_hot(chunk)), dict(zip(ev.slots, chunk.T, strict=True)))
-        for step in lockstep.graph.steps:
-            if step.layer is not None:
-                count[step.layer] = count.get(step.layer, 0) + len(lockstep.rows[step.place].coalition)
-        executor.unload()
+        with executor.loaded(ev.space.one_hot(chunk)):
+            for step in lockstep.graph.steps:
+                if step.layer is not None:
+                    count[step.layer] = count.get(step.layer, 0) + len(lockstep.rows[step.place].coalition)
     total = 0.0
     size = ev.batches[0].size
     for k, step in ((s.layer, s) for s in lockstep.graph.steps if s.layer is not None):

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import smpq_ext
 from smpq_ext import _C
 from smpq_ext.core import Plan, SmpqError
-from smpq_ext.engine import evaluator
 from smpq_ext.engine.memory import Meter
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -134,8 +133,8 @@ def test_chains_compute_what_their_rows_share_once() -> None:
     n = len(ev.slots)
     chain = np.tri(n + 1, n, -1, dtype=np.int8)[:, ::-1]  # one slot more at a time, the last ones first
     lockstep = ev._executor.lockstep
-    ev._executor.load(ev._by_slot(ev.space.one_hot(chain)), dict(zip(ev.slots, chain.T.astype(np.int64), strict=True)))
-    counts = [len(rows.coalition) for rows in lockstep.rows]
+    with ev._executor.loaded(ev.space.one_hot(chain)):
+        counts = [len(rows.coalition) for rows in lockstep.rows]
     assert counts == list(range(1, n + 2))
 
 
@@ -232,9 +231,9 @@ def test_nan_stays_where_it_is(shape: tuple[int, ...]) -> None:
 
     ev = smpq_ext.evaluator(Divides(), [(x, torch.zeros(9))], bits=(2, 8), fixed={}, loss=loss)
     rows = ev.space.one_hot(np.array([[1] * len(ev.slots), [0] * len(ev.slots), [1] * len(ev.slots)], np.int8))
-    with evaluator._Loaded(ev, rows):
+    with ev._executor.loaded(rows):
         ours = ev._executor.forward(ev.batches[0], 0, 9)
-    with evaluator._Loaded(ev, rows, assigned=False):
+    with ev._executor.loaded(rows, assigned=False):
         theirs = ev._executor.forward(ev.batches[0], 0, 9, ev._executor.model)
     broken = ours.unflatten(0, (3, 9)).flatten(2).isnan().all(2)
     assert torch.equal(broken, theirs.unflatten(0, (3, 9)).flatten(2).isnan().any(2))

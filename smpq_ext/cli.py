@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 import time
@@ -185,6 +186,7 @@ def doctor() -> None:
 
 def main() -> int:
     """Run the command line; what the user can mend is one line on standard error and exit code 2."""
+    logging.getLogger("smpq_ext").addHandler(logging.NullHandler())  # notes are printed with the search
     try:
         return int(app(standalone_mode=False) or 0)
     except typer.Abort:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -19,6 +20,11 @@ Values = NDArray[np.float64]  # [n]
 Table = NDArray[np.float64]  # [slots, candidates]
 
 FLOAT_BITS = 32
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is an integer, Python's or NumPy's; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 class SmpqError(Exception):

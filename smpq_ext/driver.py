@@ -19,7 +19,7 @@ from torch.utils.data import RandomSampler
 import smpq_ext
 from smpq_ext import budget as budgets
 from smpq_ext import registry
-from smpq_ext.core import Answer, Method, Plan, Problem, Result, SmpqError, Store
+from smpq_ext.core import Answer, Method, Plan, Problem, Result, SmpqError, Store, is_whole
 from smpq_ext.engine.apply import apply
 from smpq_ext.engine.evaluator import evaluator as make_evaluator
 from smpq_ext.solvers.milp import Milp
@@ -107,9 +107,9 @@ class Study:
         progress: bool | Progress,
     ) -> None:
         self._clock = _Clock()
-        if evaluations is not None and not (isinstance(evaluations, int) and evaluations > 0):
+        if evaluations is not None and not (is_whole(evaluations) and evaluations > 0):
             raise SmpqError(f"evaluations: a positive integer, not {evaluations!r}")
-        if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
+        if not is_whole(seed) or not 0 <= seed < 2**63:
             raise SmpqError(f"seed: an integer from 0 to 2^63 - 1, not {seed!r}")
         if not isinstance(method, str) and (isinstance(method, type) or not hasattr(method, "allocate")):
             raise SmpqError(f"method: a name from `smpq list`, or an object with `allocate`, not {method!r}")

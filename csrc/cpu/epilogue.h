@@ -42,8 +42,7 @@ SMPQ_INLINE void clamp(Floats& y, float low, float high) {
   auto& v = reinterpret_cast<__m512&>(y);
   v = _mm512_maskz_min_ps(0xffff, _mm512_set1_ps(high), _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(low), v));
 #else
-  y = y < low ? Floats{} + low : y;
-  y = y > high ? Floats{} + high : y;
+  limit(y, low, high);
 #endif
 }
 

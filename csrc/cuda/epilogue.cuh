@@ -6,11 +6,6 @@
 namespace smpq {
 namespace cuda {
 
-__device__ __forceinline__ float clamped(float y, float low, float high) {
-  y = y < low ? low : y;  // NaN stays
-  return y > high ? high : y;
-}
-
 __device__ __forceinline__ uint8_t code_of(float y, const Child& child) {
   float steps = y * child.inv_scale;
   steps = steps >= child.low ? steps : child.low;  // also NaN
@@ -43,7 +38,9 @@ __device__ __forceinline__ float mixed(float y, const Child& child) {
   float total = 0;
   for (int64_t k = 0; k < child.count; ++k) {
     const Candidate& c = child.candidates[k];
-    const float term = (std::rint(clamped(y * c.inv_scale, c.low, c.high)) + 0.0f) * c.scale * c.share;
+    float steps = y * c.inv_scale;
+    limit(steps, c.low, c.high);
+    const float term = (std::rint(steps) + 0.0f) * c.scale * c.share;
     total = k ? total + term : term;
   }
   return total;
@@ -69,7 +66,8 @@ __device__ __forceinline__ void finish(const Epilogue& e, int64_t row, int64_t p
       const float other = e.residual[e.residual_row[row] * size + at + k];
       y[k] = e.multiplies ? y[k] * other : y[k] + other;
     }
-    y[k] = activated(clamped(y[k], e.low, e.high), e.activation);
+    limit(y[k], e.low, e.high);
+    y[k] = activated(y[k], e.activation);
     if (e.values) e.values[row * size + at + k] = y[k];
   }
   if (channel >= e.code_channels) return;

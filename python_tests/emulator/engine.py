@@ -12,7 +12,7 @@ import torch
 
 import smpq_ext
 from python_tests.random_models import build
-from smpq_ext.engine import evaluator
+from smpq_ext.engine import trials
 
 torch.set_num_threads(1)
 torch.ops.load_library(os.environ["SMPQ_EMULATED_LIBRARY"])
@@ -26,7 +26,7 @@ def only_codes(layer: Any) -> None:
 @pytest.mark.parametrize("renormalize", [False, True], ids=["kept", "re-estimated"])
 @pytest.mark.parametrize("name", ["Branches", "Tokens"])
 def test_values_are_those_of_the_cpu(name: str, renormalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluator, "FloatLayer", only_codes)
+    monkeypatch.setattr(trials, "FloatLayer", only_codes)
     model, data = build(name, 0, sizes=(9,))
     ev = smpq_ext.evaluator(model, data, bits=(2, 3, 8), renormalize=renormalize, fixed={})
     assert ev._executor.lockstep is not None and ev._executor.lockstep.integers

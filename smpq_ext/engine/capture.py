@@ -7,6 +7,8 @@ import functools
 import io
 import logging
 import operator
+import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +28,7 @@ PRODUCTS = {
     *(getattr(aten, name).padding for name in ("conv1d", "conv2d", "conv3d")),
     *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
 }
+RECURRENT = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}
 BATCH_NORM = aten._native_batch_norm_legit_no_training.default
 ATTENTION = aten.scaled_dot_product_attention.default
 FORWARDS = {
@@ -36,12 +39,15 @@ FORWARDS = {
 EQUAL_SAMPLES = {aten.expand.default, aten.repeat.default, aten.full.default, aten.zeros.default, aten.ones.default}
 # What takes only dtype and device of its operand.
 NEW = {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
-MIXES = "mixes the samples"
 ROOT = 0  # the place of what depends on no slot: one row
 
 
 class Uncapturable(Exception):
-    """Why the model runs by its own Python instead."""
+    """Why the model runs by its own Python instead; whether `mixes`: a sample's values depend on the others."""
+
+    def __init__(self, why: str, mixes: bool = False) -> None:
+        super().__init__(why)
+        self.mixes = mixes
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,7 @@ def _export(model: nn.Module, batch: Batch) -> tuple[torch.export.ExportedProgra
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             program = program.run_decompositions({})
     except Exception as error:
-        why = f"torch.export: {str(error).strip().splitlines()[0]}"
+        why = f"{_line(error, model)}torch.export: {str(error).strip().splitlines()[0]}"
         if "Constraints violated" in why:
             why = (
                 "its forward makes a constant of the number of samples; x.shape[0] in place of len(x) keeps it variable"
@@ -157,6 +163,19 @@ def _export(model: nn.Module, batch: Batch) -> tuple[torch.export.ExportedProgra
             if isinstance(value, Tensor) and value.dim() and isinstance(value.shape[0], torch.SymInt):
                 return program, value.shape[0].node.expr
     raise Uncapturable("its number of samples is fixed")
+
+
+def _line(error: BaseException, model: nn.Module) -> str:
+    """The last line of the user's own forward that the error, or what it comes from, went through; "" where none."""
+    modules = {type(m).__module__ for m in model.modules()}
+    own = {getattr(sys.modules.get(name), "__file__", None) for name in modules if not name.startswith("torch.")}
+    cause: BaseException | None = error
+    while cause is not None:
+        frames = [f for f in traceback.extract_tb(cause.__traceback__) if f.filename in own]
+        if frames:
+            return f"{frames[-1].filename}:{frames[-1].lineno}: "
+        cause = cause.__cause__ or cause.__context__
+    return ""
 
 
 @contextmanager
@@ -248,8 +267,7 @@ class _Builder:
             return
         if not isinstance(node.target, torch._ops.OpOverload) and node.target is not operator.getitem:
             raise Uncapturable(f"{node.target} is not supported")
-        without_dropout = node.target is ATTENTION and (*node.args[4:], 0.0)[0] == 0 and "dropout_p" not in node.kwargs
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not without_dropout:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _without_dropout(node):
             raise Uncapturable(f"{node.target} draws random numbers")
         target = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}.get(
             node.target, node.target
@@ -262,7 +280,7 @@ class _Builder:
         args, kwargs = (self._arguments(x, operands) for x in (given, dict(node.kwargs)))
         if not self._has_samples(node):
             if any(self.steps[k].place is not None for k in operands):
-                raise Uncapturable(f"{node.name} {MIXES}")
+                raise Uncapturable(f"{node.name} mixes the samples", mixes=True)
             if not self.constants.keys() >= set(operands):
                 raise Uncapturable(f"{node.name} depends on an input without samples")
             self._add(node, Step(target, args, kwargs, None, tuple(operands)))
@@ -273,7 +291,7 @@ class _Builder:
         places = sorted({place for k in operands if (place := self.steps[k].place) is not None})
         if not places and node.target not in EQUAL_SAMPLES:
             raise Uncapturable(f"{node.name} tells the samples apart by their number")
-        place = self._join(places, operands) if places else ROOT
+        place = self._join(places, operands, node.name) if places else ROOT
         module = self._module(node)
         layer = self.layers.get(module) if module is not None and node.target in PRODUCTS else None
         norm = None
@@ -316,7 +334,7 @@ class _Builder:
             place = self._place((place,), (self.columns.index(slot),))
         return place
 
-    def _join(self, places: list[int], operands: list[int]) -> int:
+    def _join(self, places: list[int], operands: list[int], name: str) -> int:
         """The place whose rows descend from rows of all these; what is gathered must have the samples first."""
         if len(places) == 1:
             return places[0]
@@ -325,7 +343,7 @@ class _Builder:
             if self.steps[k].place not in (None, last):
                 for x in tree_leaves(self.expected[k]):
                     if isinstance(x, Tensor) and not (x.dim() and isinstance(x.shape[0], torch.SymInt)):
-                        raise Uncapturable("values are joined whose first dimension is not that of the samples")
+                        raise Uncapturable(f"{name} joins values whose first dimension is not that of the samples")
         if last is not None:
             return last
         key = tuple(places)
@@ -362,6 +380,13 @@ class _Builder:
             return Value(self.index[x])
 
         return fx.map_arg(given, one)
+
+
+def _without_dropout(node: fx.Node) -> bool:
+    """Whether an operation draws numbers for its dropout alone, and has none."""
+    if node.target is ATTENTION:
+        return (*node.args[4:], 0.0)[0] == 0 and "dropout_p" not in node.kwargs
+    return node.target in RECURRENT and node.args[6] is False  # not in training
 
 
 def _is_own_forward(module: Any, node: fx.Node) -> bool:

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,23 +16,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 import smpq_ext
 from smpq_ext import ops
-from smpq_ext.core import Assignments, Grid, Mixtures, SmpqError, Values
-from smpq_ext.engine import attention, grids, losses, samples
-from smpq_ext.engine.capture import MIXES, Graph, Uncapturable, capture
+from smpq_ext.core import Assignments, Grid, Mixtures, SmpqError, Values, is_whole
+from smpq_ext.engine import grids, losses, samples, trials
+from smpq_ext.engine.capture import Graph, Uncapturable, capture
 from smpq_ext.engine.executor import MERGE, Executor
-from smpq_ext.engine.fixed_point import FixedLayer
-from smpq_ext.engine.floating import FloatLayer
-from smpq_ext.engine.fusion import FusedLayer, Fusion
 from smpq_ext.engine.grids import Calibrate, Grids
-from smpq_ext.engine.integer import IntegerLayer
 from smpq_ext.engine.layers import Layer, check_weights, duplicate, find, quiet
 from smpq_ext.engine.memory import Meter, free_memory
-from smpq_ext.engine.replay import Replay
 from smpq_ext.engine.samples import Batch, Part
 from smpq_ext.engine.space import candidates, make_space
 
@@ -54,7 +49,10 @@ def evaluator(
     calibrate: Calibrate = "mse",
     mixture_bits: int = 32,
 ) -> TorchEvaluator:
-    """The value of width assignments of `model` on `data`, an iterable of (inputs, targets) that is kept as given.
+    """The value of width assignments of `model` on `data`, an iterable of (inputs, targets).
+
+    data: read once, and kept: the tensors of a list or tuple themselves, which must not change while it lives, copies
+    of what any other iterable yields.
 
     bits: candidate widths, 1 to 16; activation_bits: other widths for activations, or () for weights only.
     loss: a function of (outputs, targets) to a scalar, a mean over samples; None is cross-entropy for integer targets
@@ -75,9 +73,9 @@ def evaluator(
         raise SmpqError(f"calibrate: {calibrate!r} is not known; there are mse, minmax and percentile")
     if fixed is not None and not isinstance(fixed, Mapping):
         raise SmpqError(f"fixed: a dict from slot or layer to width or 'float', not a {type(fixed).__name__}")
-    if memory is not None and not (isinstance(memory, int) and memory >= 0):
+    if memory is not None and not (is_whole(memory) and memory >= 0):
         raise SmpqError(f"memory: a number of bytes, not {memory!r}")
-    if not (renormalize == "auto" or isinstance(renormalize, bool)):
+    if not (renormalize == "auto" or isinstance(renormalize, bool | np.bool_)):
         raise SmpqError(f"renormalize: 'auto', True or False, not {renormalize!r}")
     if mixture_bits not in (16, 32):
         raise SmpqError(f"mixture_bits: 16 or 32, not {mixture_bits!r}")
@@ -109,7 +107,7 @@ class TorchEvaluator:
             activation_widths = candidates("activation_bits", activation_bits, empty=True)
         self.model = model
         self.device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-        self.notes: tuple[str, ...] = ()
+        self._notes: tuple[str, ...] = ()
         batches = samples.read(data, self.device)
         check_weights(model)
         self.loss_fn = losses.choose(loss, batches)
@@ -120,8 +118,8 @@ class TorchEvaluator:
         once = tuple(name for name, calls in norms.items() if calls == 1)
         if len(once) < len(norms):
             repeated = ", ".join(name for name in norms if name not in once)
-            self.notes += (f"these BatchNorms run several times and keep their own statistics: {repeated}",)
-        self.renormalize = bool(once) and renormalize in ("auto", True)
+            self._notes += (f"these BatchNorms run several times and keep their own statistics: {repeated}",)
+        self.renormalize = bool(once) and bool(renormalize)  # "auto" is true
         self.layers: dict[str, nn.Module] = {layer.name: model.get_submodule(layer.name) for layer in layers}
         self.space = make_space(layers, weight_bits, activation_widths, fixed, self.left_out)
         self.slots = tuple(slot.name for slot in self.space.slots)
@@ -131,20 +129,12 @@ class TorchEvaluator:
         }
         with quiet(self.device):
             graph = _captured(twin, layers, self.slot_grids, batches)
-        self._executor = Executor(twin, layers, self.slot_grids, once if self.renormalize else ())
-        self._memory, self._mixture_bits = memory, mixture_bits
-        self.peak_bytes = 0
+        self._executor = Executor(twin, layers, self.space, self.slot_grids, once if self.renormalize else ())
+        self._memory = memory
+        self.peak_bytes = 0  # of the forwards so far, by what a few samples took
         with quiet(self.device):
-            self._executor.channels_last = self._channels_last_works(batches[0])
-            self._folds = self._fold_works(batches[0]) and not (isinstance(graph, str) and MIXES in graph)
-            if not self._folds:
-                self.notes += (
-                    "the model mixes samples, or their dimension is not the first: coalitions run one at a time",
-                )
-            elif isinstance(graph, Graph):
-                self._run_in_lockstep(graph, batches[0])
-            else:
-                self.notes += (graph,)
+            self._folds, notes = trials.settle(self._executor, graph, batches[0], mixture_bits)
+            self._notes += notes
             if self.loss_fn is losses.kl:
                 reference = [losses.log_probabilities(self._executor.forward(b, 0, b.size)) for b in batches]
                 batches = tuple(Batch(b.inputs, r, b.size) for b, r in zip(batches, reference, strict=True))
@@ -157,6 +147,11 @@ class TorchEvaluator:
         Raises ValueError for other shapes, SmpqError where a loss is not finite.
         """
         return (self.by_group(mixtures) * self.groups).sum(axis=1)  # not @: a row's sum must not depend on the others
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is slower, or other, than one might expect of this model and these arguments."""
+        return self._notes + self._too_large
 
     def by_group(self, mixtures: Mixtures | Assignments) -> NDArray[np.float64]:
         """The value for each group of calibration samples, [n, groups]."""
@@ -172,7 +167,7 @@ class TorchEvaluator:
                 of_kind = np.flatnonzero(kind)
                 for first in range(0, len(of_kind), self.rows_per_batch):
                     chunk = of_kind[first : first + self.rows_per_batch]
-                    with _Loaded(self, distinct[chunk]):
+                    with self._executor.loaded(distinct[chunk]):
                         loss = self._losses()
                         if not np.isfinite(loss).all():
                             self._complain(loss, distinct[chunk], [int(np.argmax(index == r)) for r in chunk])
@@ -183,7 +178,7 @@ class TorchEvaluator:
         """Mean and biased variance of every re-estimated BatchNorm at an assignment [slots]."""
         if not self.renormalize:
             return {}
-        with quiet(self.device), _Loaded(self, self._rows(np.asarray(assignment)[None])):
+        with quiet(self.device), self._executor.loaded(self._rows(np.asarray(assignment)[None])):
             found = self._executor.statistics = {}
             try:
                 for batch in self._run_batches:
@@ -217,10 +212,15 @@ class TorchEvaluator:
 
         Raises SmpqError where either would have no sample.
         """
+        if not 0 < fraction < 1:
+            raise SmpqError(f"fraction: a number between 0 and 1, not {fraction!r}")
         total = sum(b.size for b in self.batches)
         apart = round(fraction * total)
         if not 0 < apart < total:
-            raise SmpqError(f"data: {fraction:g} of {total} samples leaves nothing on one side; give more samples")
+            needed = math.floor(0.5 / min(fraction, 1 - fraction)) + 1
+            raise SmpqError(
+                f"data: {fraction:g} of {total} samples leaves nothing on one side; give at least {needed} samples"
+            )
         held = np.zeros(total, np.bool_)
         held[rng.permutation(total)[:apart]] = True
         return self._subset(~held), self._subset(held)
@@ -272,7 +272,7 @@ class TorchEvaluator:
         assignment = self.space.one_hot(self.space.highest()[None])
         sample_bytes = loaded = 0
         for rows in (assignment, self.space.mask / self.space.mask.sum(1, keepdims=True)[None]):  # and a mixture
-            with Meter() as meter, _Loaded(self, rows.astype(np.float32)):
+            with Meter() as meter, self._executor.loaded(rows.astype(np.float32)):
                 kept, loaded, meter.peak = meter.live, max(loaded, meter.peak), meter.live
                 outputs = self._executor.forward(batch, 0, few)
             sample_bytes = max(sample_bytes, -(-(meter.peak - kept) // few))
@@ -296,9 +296,15 @@ class TorchEvaluator:
         rows = memory // self._row_bytes
         rows = min(rows, max(cached // self._samples, 8 if whole and lockstep else 1))
         self.rows_per_batch = max(1, int(rows)) if self._folds else 1
-        if not lockstep and self.rows_per_batch > 1 and not self._folded_as_alone(assignment.astype(np.float32)):
+        self._too_large = ()
+        if self._row_bytes > memory:
+            given = f"a quarter of free memory is {memory}" if self._memory is None else f"memory= gives {memory}"
+            self._too_large = (f"memory: one row takes about {self._row_bytes} bytes, {given}: rows run one at a time",)
+        size, row = min(self._samples, batch.size), assignment.astype(np.float32)
+        several = not lockstep and self.rows_per_batch > 1
+        if several and not trials.takes_more(self._executor, row, batch, self.rows_per_batch, size):
             self._folds, self.rows_per_batch = False, 1
-            self.notes += ("the model does not take more samples than it was given: coalitions run one at a time",)
+            self._notes += ("the model does not take more samples than it was given: coalitions run one at a time",)
 
     def _largest(self, batch: Batch, few: int, room: int) -> int:
         """The bytes, for one row and sample, of the largest value that grows with the rows; what all share does not.
@@ -308,7 +314,7 @@ class TorchEvaluator:
         several = max(1, min(8, room)) if self._folds else 1
         rows = np.random.default_rng(0).integers(0, self.space.highest() + 1, (several, len(self.slots)))
         few = min(few, 2) if self._folds else few
-        with _Loaded(self, self.space.one_hot(rows)), Meter() as meter:
+        with self._executor.loaded(self.space.one_hot(rows)), Meter() as meter:
             self._executor.forward(batch, 0, few)
         return meter.largest // (several * few)
 
@@ -370,18 +376,21 @@ class TorchEvaluator:
         return total / np.where(size > 0, size, 1.0)
 
     def _complain(self, loss: NDArray[np.float64], chunk: NDArray[np.float32] | None, index: list[int]) -> None:
-        """Raise SmpqError for the first loss [rows, parts] that is not finite, naming row and layer."""
+        """Raise SmpqError for the first loss [rows, parts] that is not finite, naming what it comes from."""
         row, k = np.argwhere(~np.isfinite(loss))[0]
+        if chunk is None and (given := samples.non_finite(self.batches)):
+            raise SmpqError(f"data: {given}, and the loss of the float model is {loss[row, k]}; leave the sample out")
         batch = self._run_batches[self._parts[k].batch]
-        if chunk is not None:
-            self._executor.load(self._by_slot(chunk[row : row + 1]), None)
-        where = self._executor.first_non_finite(batch, 0, batch.size)
+        rows = contextlib.nullcontext() if chunk is None else self._executor.loaded(chunk[row : row + 1], False)
+        with rows:
+            where = self._executor.first_non_finite(batch, 0, batch.size)
         what = "of the float model" if chunk is None else f"of row {index[row]}, {self._describe(chunk[row])},"
-        why = "every activation is finite, the loss itself is not"
+        why = "every activation is finite, the loss itself is not: look at loss= and the targets"
         if where:
             why = f"the first activation with NaN or infinity leaves {where}"
-        remedy = "" if chunk is None else "; leave the width out of bits, or give fixed= a width that works there"
-        raise SmpqError(f"loss: the loss {what} is {loss[row, k]}; {why}{remedy}")
+            if chunk is not None:
+                why += "; leave the width out of bits, or give fixed= a width that works there"
+        raise SmpqError(f"loss: the loss {what} is {loss[row, k]}; {why}")
 
     def _describe(self, mixtures: NDArray[np.float32]) -> str:
         """The slots that are below their highest width."""
@@ -395,144 +404,30 @@ class TorchEvaluator:
         """Mixtures [n, slots, candidates] of what the caller gave. Raises ValueError where it is neither kind."""
         given = np.asarray(mixtures)
         mask = self.space.mask
+        slots, most = mask.shape
         if given.ndim == 2 and given.dtype.kind in "iu":
-            if given.shape[1] != len(self.slots):
-                raise ValueError(f"assignments: expected [n, {len(self.slots)}], got {list(given.shape)}")
-            if given.size and (given.min() < 0 or (given > self.space.highest()).any()):
-                raise ValueError("assignments: an entry is no candidate's index")
+            if given.shape[1] != slots:
+                raise ValueError(f"assignments: expected [n, {slots}], got {list(given.shape)}")
+            for row, k in np.argwhere((given < 0) | (given > self.space.highest()))[:1]:
+                widths = self.space.candidates[k]
+                raise ValueError(
+                    f"assignments: row {row} has {given[row, k]} for {self.slots[k]}; an entry is an index into its "
+                    f"candidates {widths}, from 0 to {len(widths) - 1}"
+                )
             return self.space.one_hot(given)
         if given.ndim != 3 or given.shape[1:] != mask.shape or given.dtype.kind != "f":
             raise ValueError(
-                f"mixtures: expected int8 [n, {len(self.slots)}] or float32 [n, {mask.shape[0]}, {mask.shape[1]}], "
+                f"rows: expected assignments, integers [n, {slots}], or mixtures, floats [n, {slots}, {most}], "
                 f"got {given.dtype} {list(given.shape)}"
             )
-        if not np.isfinite(given).all() or given[:, ~mask].any():
-            raise ValueError("mixtures: weights must be finite, and 0 where a slot has no such candidate")
-        return given.astype(np.float32) + np.float32(0)  # -0 becomes 0: equal rows are the same bytes
-
-    def _by_slot(self, rows: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-        """The mixtures [n, candidates] of every quantized slot."""
-        found = {name: np.ones((len(rows), 1), np.float32) for name in self.slot_grids}
-        for k, (name, widths) in enumerate(zip(self.slots, self.space.candidates, strict=True)):
-            found[name] = np.ascontiguousarray(rows[:, k, : len(widths)])
-        return found
-
-    # What holds for this model, tried once.
-
-    def _run_in_lockstep(self, graph: Graph, batch: Batch) -> None:
-        """Run the rows in lockstep where that gives the same values as the model itself."""
-        from smpq_ext.engine.lockstep import Lockstep  # needs the planner, which is compiled
-
-        executor = self._executor
-        lockstep = Lockstep(graph, executor.layers, executor.norms)
-        high = self.space.highest()
-        some = np.random.default_rng(0).integers(0, high + 1)
-        rows = self.space.one_hot(np.stack([self.space.lowest(), some, high]))
-        few = min(batch.size, MERGE)
-        with _Loaded(self, rows):
-            swapped = executor.forward(batch, 0, few)
-        highest = samples.part(swapped, 3 * few, 2 * few, 3 * few)
-
-        def agrees(assigned: bool) -> bool:
-            """Other roundings may move a tie: at the highest widths by a small step."""
-            with _Loaded(self, rows, assigned):
-                return _close(samples.part(executor.forward(batch, 0, few), 3 * few, 2 * few, 3 * few), highest, 0.3)
-
-        try:
-            executor.lockstep = lockstep
-            with _Loaded(self, rows, assigned=False):
-                same = _close(executor.forward(batch, 0, few), swapped)
-            lockstep.integer, lockstep.floating = self._fusions(graph)
-            lockstep.attentions = attention.find(graph) if self.device.type == "cpu" else {}
-            same = same and agrees(False) and agrees(True)
-            why = "gives other values"
-        except Exception as error:
-            same, why = False, f"fails: {error!r}"
-        if not same:
-            executor.lockstep = None
-            self.notes += (f"its captured graph {why}, coalitions are folded into the batch",)
-        elif self.device.type == "cuda":
-            self._record(rows, batch)
-
-    def _record(self, rows: NDArray[np.float32], batch: Batch) -> None:
-        """Replay the forwards of the rows as CUDA graphs where that gives the same values."""
-        executor = self._executor
-        assert executor.lockstep is not None
-        try:
-            executor.replay = Replay(executor.lockstep, self.device)
-            with _Loaded(self, rows):
-                first, *others = (executor.forward(batch, 0, min(batch.size, MERGE)) for _ in range(3))
-            same, why = all(_close(x, first) for x in others), "gives other values"
-        except Exception as error:
-            same, why = False, f"fails: {error!r}"
-        if not same:
-            executor.replay = None
-            self.notes += (f"its forward as a CUDA graph {why}, operations are launched one by one",)
-
-    def _fusions(self, graph: Graph) -> tuple[Fusion, Fusion]:
-        """For assignments and for mixtures."""
-        executor = self._executor
-        norms = {name: m for name, m in executor.model.named_modules() if isinstance(m, _BatchNorm)}
-        layers: tuple[dict[int, FusedLayer], dict[int, FusedLayer]] = {}, {}
-        mixed = (FixedLayer, FloatLayer) if self._mixture_bits == 16 else (FloatLayer,)
-        for found, kinds in zip(layers, ((IntegerLayer, FloatLayer), mixed), strict=True):
-            for k, layer in enumerate(executor.layers):
-                for kind in kinds:
-                    with contextlib.suppress(ValueError):
-                        found[k] = kind(layer)
-                        break
-        return Fusion(graph, layers[0], norms, executor.norms), Fusion(graph, layers[1], norms, executor.norms)
-
-    def _channels_last_works(self, batch: Batch) -> bool:
-        """Whether the float model runs, and agrees, with channels last: several times faster for few channels."""
-        if not any(isinstance(m, nn.Conv2d) for m in self.layers.values()):
-            return False
-        expected = self._executor.forward(batch, 0, min(batch.size, 2))
-        self._executor.channels_last = True
-        try:
-            return _close(self._executor.forward(batch, 0, min(batch.size, 2)), expected)
-        except RuntimeError:  # the model uses view where only reshape works
-            return False
-
-    def _fold_works(self, batch: Batch) -> bool:
-        """Whether the first dimension is the batch wherever a layer or norm runs: run together equals run apart."""
-        half = min(max(1, batch.size // 2), 4)
-        seen: list[Tensor] = []
-        owners = [layer.module for layer in self._executor.layers]
-        owners += [m for m in self._executor.model.modules() if isinstance(m, _BatchNorm)]
-        handles = [m.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for m in owners]
-        if batch.size == 1:
-            batch = batch.take(torch.zeros(2, dtype=torch.int64))
-        try:
-            together, inputs = self._executor.forward(batch, 0, 2 * half), list(seen)
-            alone = []
-            for start in (0, half):  # both: samples may see only those before them
-                seen.clear()
-                outputs = self._executor.forward(batch, start, start + half)
-                alone.append((list(seen), outputs))
-        except Exception:
-            return False
-        finally:
-            for handle in handles:
-                handle.remove()
-        if [x.shape[:1] for x in inputs] != [torch.Size([2 * x.shape[0]]) if x.dim() else x.shape for x in seen]:
-            return False  # something that enters a layer does not grow with the batch
-        parts = (samples.part((inputs, together), 2 * half, start, start + half) for start in (0, half))
-        return all(_close(part, own) for part, own in zip(parts, alone, strict=True))
-
-    def _folded_as_alone(self, row: NDArray[np.float32]) -> bool:
-        """Whether the model runs, and gives the same, for as many samples at once as a chunk of equal rows makes."""
-        batch = max(self._run_batches, key=lambda b: b.size)
-        count, size = self.rows_per_batch, min(self._samples, batch.size)
-        try:
-            with _Loaded(self, np.repeat(row, count, axis=0)):
-                last = samples.part(
-                    self._executor.forward(batch, 0, size), count * size, (count - 1) * size, count * size
-                )
-        except Exception:
-            return False
-        with _Loaded(self, row):
-            return _close(last, self._executor.forward(batch, 0, size))
+        with np.errstate(over="ignore"):
+            rows = given.astype(np.float32) + np.float32(0)  # -0 becomes 0: equal rows are the same bytes
+        for row, k, c in np.argwhere(~np.isfinite(rows) | ((rows != 0) & ~mask))[:1]:
+            raise ValueError(
+                f"mixtures: row {row} has the weight {given[row, k, c]} for candidate {c} of {self.slots[k]}; weights "
+                f"must be finite in float32, and 0 where a slot has no such candidate ({self.space.candidates[k]})"
+            )
+        return rows
 
     def _model_digest(self, layers: list[Layer], loss: str) -> str:
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
@@ -550,34 +445,18 @@ class TorchEvaluator:
         return sha.hexdigest()
 
 
-class _Loaded:
-    """The executor with these rows, given back as it was, also after an exception."""
-
-    def __init__(self, owner: TorchEvaluator, rows: NDArray[np.float32], assigned: bool = True) -> None:
-        self.executor, self.mixtures = owner._executor, owner._by_slot(rows)
-        self.assigned: dict[str, NDArray[np.int64]] | None = None
-        if assigned and owner.space.is_one_hot(rows).all():
-            self.assigned = {name: np.zeros(len(rows), np.int64) for name in owner.slot_grids}
-            self.assigned.update(zip(owner.slots, rows.argmax(axis=2).T, strict=True))
-
-    def __enter__(self) -> None:
-        self.executor.load(self.mixtures, self.assigned)
-
-    def __exit__(self, *_: object) -> None:
-        self.executor.unload()
-
-
 def _captured(
     model: nn.Module, layers: list[Layer], quantized: Mapping[str, Grids], batches: tuple[Batch, ...]
-) -> Graph | str:
+) -> Graph | Uncapturable:
     """The model's graph, or why there is none."""
     if not ops.compiled:
-        return "without the compiled planner coalitions are folded into the batch"
+        return Uncapturable("the planner is not compiled")
     try:
         return capture(model, layers, quantized, batches)
+    except Uncapturable as why:
+        return why
     except Exception as error:  # the model itself runs: whatever capturing stumbles over, it can do without
-        why = str(error) if isinstance(error, Uncapturable) else repr(error)
-        return f"torch.export cannot capture the model, coalitions are folded into the batch: {why}"
+        return Uncapturable(repr(error))
 
 
 def _per_row(x: Any, n: int, size: int) -> Any:
@@ -599,26 +478,6 @@ def _check_outputs(outputs: Any) -> None:
 
 def _join(*pieces: Any) -> Any:
     return torch.cat(pieces, dim=1) if isinstance(pieces[0], Tensor) and pieces[0].dim() else pieces[-1]
-
-
-def _close(a: Any, b: Any, tolerance: float = 1e-3) -> bool:
-    """Whether two trees of tensors agree, up to `tolerance` of the largest entry."""
-    leaves, others = tree_leaves(a), tree_leaves(b)
-    if len(leaves) != len(others):
-        return False
-    for x, y in zip(leaves, others, strict=True):
-        if isinstance(x, Tensor) and isinstance(y, Tensor):
-            if x.shape != y.shape:
-                return False
-            if x.is_floating_point() and x.numel():
-                if not torch.equal(x.isnan(), y.isnan()):
-                    return False
-                ours, theirs = x.nan_to_num(), y.nan_to_num()
-                if (ours - theirs).abs().max() > tolerance * max(float(theirs.abs().max()), 1e-6):
-                    return False
-            elif not torch.equal(x, y):
-                return False
-    return True
 
 
 def _shape(value: Any) -> str:

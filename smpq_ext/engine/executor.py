@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from smpq_ext import ops
+from smpq_ext.core import Space
 from smpq_ext.engine.grids import Grids
 from smpq_ext.engine.layers import Layer
 from smpq_ext.engine.memory import keep_freed
@@ -28,15 +30,16 @@ MERGE = 8
 
 
 class Executor:
-    """A copy of the model whose layers quantize for the rows that `load` was given last.
+    """A copy of the model whose layers quantize for the rows that are `loaded`.
 
     `grids` [slot name] holds the quantized slots, searched or fixed; a layer without an entry stays float.
     """
 
     def __init__(
-        self, model: nn.Module, layers: list[Layer], grids: Mapping[str, Grids], norms: tuple[str, ...]
+        self, model: nn.Module, layers: list[Layer], space: Space, grids: Mapping[str, Grids], norms: tuple[str, ...]
     ) -> None:
-        self.model = model
+        self.model, self.space, self.grids = model, space, grids
+        self.device = layers[0].weight.device
         self.rows = 0  # 0: the float model
         self.statistics: dict[str, tuple[Tensor, Tensor]] | None = None  # filled by the norms while it is a dict
         self.channels_last = False
@@ -47,7 +50,26 @@ class Executor:
         self.norms = {name: RowNorm(self, name, model.get_submodule(name)) for name in norms}
         keep_freed(self)
 
-    def load(
+    @contextmanager
+    def loaded(self, rows: NDArray[np.float32], assigned: bool = True) -> Iterator[None]:
+        """With the rows, mixtures [n, slots, candidates], then the float model again, also after an exception.
+
+        assigned: whether one-hot rows are run as assignments, on codes where the layers can.
+        """
+        mixtures = {name: np.ones((len(rows), 1), np.float32) for name in self.grids}
+        for k, (slot, widths) in enumerate(zip(self.space.slots, self.space.candidates, strict=True)):
+            mixtures[slot.name] = np.ascontiguousarray(rows[:, k, : len(widths)])
+        chosen: dict[str, NDArray[np.int64]] | None = None
+        if assigned and self.space.is_one_hot(rows).all():
+            chosen = {name: np.zeros(len(rows), np.int64) for name in self.grids}
+            chosen.update(zip((slot.name for slot in self.space.slots), rows.argmax(axis=2).T, strict=True))
+        try:
+            self._load(mixtures, chosen)
+            yield
+        finally:
+            self._unload()
+
+    def _load(
         self, mixtures: Mapping[str, NDArray[np.float32]], assigned: Mapping[str, NDArray[np.int64]] | None
     ) -> None:
         """Prepare the rows: mixtures [n, candidates] of every quantized slot. All weights are quantized in one call.
@@ -55,7 +77,6 @@ class Executor:
         assigned: where all mixtures are one-hot, the candidate's index [n] in every quantized slot.
         """
         self.rows = len(next(iter(mixtures.values())))
-        device = self.layers[0].source.device
         distinct: dict[str, tuple[NDArray[np.float32], NDArray[np.int64]]] = {}
         for name, rows in mixtures.items():
             different, index = np.unique(rows, axis=0, return_inverse=True)
@@ -70,7 +91,7 @@ class Executor:
             [g.zero_point.to(g.scale.dtype) for g in grids] if floating else [],
             [g.quant_min for g in grids],
             [g.quant_max for g in grids],
-            [torch.from_numpy(distinct[f"{layer.name}.weight"][0]).to(device) for layer, _ in weighted],
+            [torch.from_numpy(distinct[f"{layer.name}.weight"][0]).to(self.device) for layer, _ in weighted],
             axis=0,
         )
         for (layer, _), variants in zip(weighted, quantized, strict=True):
@@ -78,15 +99,14 @@ class Executor:
             layer.variant = distinct[f"{layer.name}.weight"][1].tolist()
         for layer in self.layers:
             if layer.activation is not None:
-                layer.mixtures = torch.from_numpy(mixtures[f"{layer.name}.activation"]).to(device)
+                layer.mixtures = torch.from_numpy(mixtures[f"{layer.name}.activation"]).to(self.device)
         self.choices = {name: index for name, (_, index) in distinct.items()}
         if self.lockstep is not None:
             self.lockstep.load(self.choices, assigned)
         if self.replay is not None:
             self.replay.forget()
 
-    def unload(self) -> None:
-        """Back to the float model, without the variants."""
+    def _unload(self) -> None:
         self.rows = 0
         for layer in self.layers:
             layer.variants = layer.mixtures = torch.empty(0)

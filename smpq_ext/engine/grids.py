@@ -72,8 +72,10 @@ def observe(model: nn.Module, layers: list[Layer], batches: tuple[Batch, ...]) -
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if not torch.isfinite(args[0]).all():
+                if given := samples.non_finite(batches):
+                    raise SmpqError(f"data: {given}, and it reaches layer {name!r}; leave the sample out")
                 raise SmpqError(
-                    f"model: what enters layer {name!r} holds NaN or infinity; look at the data, or the layers before"
+                    f"model: what enters layer {name!r} holds NaN or infinity; look at the layers before it"
                 )
             seen[name].add(args[0], share)
 

@@ -105,6 +105,11 @@ def check_weights(model: nn.Module) -> None:
         if not torch.isfinite(parameter).all():
             layer = name.rpartition(".")[0]
             raise SmpqError(f"model: the parameter {name} of layer {layer!r} holds NaN or infinity")
+    norms = ((name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats)
+    for name, norm in norms:
+        if not all(torch.isfinite(x).all() for x in norm.buffers()) or (norm.running_var < 0).any():
+            what = "NaN, infinity or a negative variance"
+            raise SmpqError(f"model: the running statistics of layer {name!r} hold {what}")
 
 
 def find(model: nn.Module, batch: Batch) -> tuple[list[Layer], dict[str, str], dict[str, int]]:
@@ -164,6 +169,8 @@ def find(model: nn.Module, batch: Batch) -> tuple[list[Layer], dict[str, str], d
         if module in candidates:
             if not isinstance(module._parameters.get("weight"), nn.Parameter):
                 reason = "its weight is computed, not a parameter; remove the parametrization or weight norm first"
+            elif not module.weight.is_floating_point():
+                reason = f"its weight is {str(module.weight.dtype).removeprefix('torch.')}, not a floating point number"
             elif module in by_keyword:
                 reason = "its forward gets its input by keyword; pass it by position"
             elif module in elsewhere:
@@ -173,7 +180,7 @@ def find(model: nn.Module, batch: Batch) -> tuple[list[Layer], dict[str, str], d
             elif module not in elements:
                 reason = "it never ran through forward, with its input as first argument, on the first batch"
         if reason:
-            left_out[name] = reason
+            left_out[name or "(the model itself)"] = reason
             elements.pop(module, None)
     layers: list[Layer] = []
     owner: dict[int, str] = {}

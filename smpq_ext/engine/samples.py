@@ -74,22 +74,38 @@ def read(data: Iterable[tuple[Any, Any]], device: torch.device) -> tuple[Batch, 
     remedy = "give an iterable of (inputs, targets), inputs being a tensor, or a tuple, list or dict of tensors"
     if isinstance(data, Tensor | Mapping) or not isinstance(data, Iterable):
         raise SmpqError(f"data: a {type(data).__name__} is no iterable of batches; {remedy}")
+    copy = not isinstance(data, list | tuple)  # what yields batches may fill one buffer again and again
     with torch.random.fork_rng(_cuda(device)):  # a shuffling loader draws from the user's generator
-        items = list(data)
-    for k, item in enumerate(items):
-        if not isinstance(item, tuple | list) or len(item) != 2:
-            raise SmpqError(f"data: item {k} is a {type(item).__name__}, not a pair; {remedy}")
-        given = item[0]
-        if isinstance(given, Mapping):  # also what tokenizers return; passed by keyword: the order says nothing
-            given = {key: given[key] for key in sorted(given, key=str)}
-        inputs, targets = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (given, item[1]))
-        tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
-        if not tensors or not tensors[0].shape[0]:
-            raise SmpqError(f"data: the inputs of item {k} hold no tensor with a batch dimension; {remedy}")
-        batches.append(Batch(inputs, targets, tensors[0].shape[0]))
+        for k, item in enumerate(data):
+            if not isinstance(item, tuple | list) or len(item) != 2:
+                raise SmpqError(f"data: item {k} is a {type(item).__name__}, not a pair; {remedy}")
+            given = item[0]
+            if isinstance(given, Mapping):  # also what tokenizers return; passed by keyword: the order says nothing
+                given = {key: given[key] for key in sorted(given, key=str)}
+            given, targets = tree_map(
+                lambda x: x.to(device, copy=copy) if isinstance(x, Tensor) else x, (given, item[1])
+            )
+            if any(isinstance(x, np.ndarray) for x in tree_leaves((given, targets))):
+                raise SmpqError(f"data: item {k} holds NumPy arrays; torch.from_numpy makes tensors of them")
+            tensors = [x for x in tree_leaves(given) if isinstance(x, Tensor) and x.dim()]
+            if not tensors:
+                raise SmpqError(f"data: the inputs of item {k} hold no tensor with a batch dimension; {remedy}")
+            if not tensors[0].shape[0]:
+                raise SmpqError(f"data: item {k} has 0 samples; leave it out")
+            batches.append(Batch(given, targets, tensors[0].shape[0]))
     if not batches:
         raise SmpqError(f"data: it is empty; {remedy}")
     return tuple(batches)
+
+
+def non_finite(batches: Iterable[Batch]) -> str | None:
+    """The first item and sample whose inputs hold NaN, or infinity where none does: that may be a mask's."""
+    for find in (torch.isnan, torch.isinf):
+        for k, batch in enumerate(batches):
+            for x in tree_leaves(batch.inputs):
+                if isinstance(x, Tensor) and (found := find(x).nonzero()).numel():
+                    return f"the inputs of item {k} hold {x[tuple(found[0])]}, first in sample {int(found[0, 0])}"
+    return None
 
 
 def concatenate(batches: tuple[Batch, ...]) -> Batch:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
-from smpq_ext.core import FLOAT_BITS, Slot, SmpqError, Space
+from smpq_ext.core import FLOAT_BITS, Slot, SmpqError, Space, is_whole
 from smpq_ext.engine.layers import Layer
 
 
@@ -14,7 +12,7 @@ def candidates(name: str, bits: Sequence[int], empty: bool = False) -> tuple[int
     """The widths of an argument, ascending. Raises SmpqError where they are none."""
     try:
         widths = tuple(sorted({int(b) for b in bits}))
-        good = all(int(b) == b for b in bits) and all(1 <= b <= 16 for b in widths)
+        good = all(is_whole(b) for b in bits) and all(1 <= b <= 16 for b in widths)
     except (TypeError, ValueError):
         good, widths = False, ()
     if not good or not (widths or empty):
@@ -42,7 +40,7 @@ def make_space(
     for key, value in fixed.items():
         if key not in names:
             raise SmpqError(f"fixed: {key!r} is no slot or layer; there are {', '.join(sorted(s.name for s in slots))}")
-        if value != "float" and not (isinstance(value, int | np.integer) and (1 <= value <= 16 or value == FLOAT_BITS)):
+        if value != "float" and not (is_whole(value) and (1 <= int(value) <= 16 or value == FLOAT_BITS)):
             raise SmpqError(f"fixed: {key}: a width from 1 to 16, or 'float', not {value!r}")
     owner = {layer.name: layer.shares or layer.name for layer in layers}
     width: dict[str, int] = {}
