@@ -49,7 +49,8 @@ std::vector<PlacePlan> plan(const std::vector<Place>& places, const int32_t* cho
     };
     std::vector<int64_t> order(first.size()), position(first.size());
     std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return key(first[a]) < key(first[b]); });
+    const auto before = [&](int64_t a, int64_t b) { return key(first[a]) < key(first[b]); };
+    if (static_cast<int64_t>(first.size()) < n) std::stable_sort(order.begin(), order.end(), before);
     PlacePlan p;
     for (int64_t there : order) {
       position[there] = static_cast<int64_t>(p.coalition.size());

@@ -13,7 +13,9 @@ struct Place {
   std::vector<int64_t> columns;  // of the choices
 };
 
-// The distinct rows of a place, sorted by the choice in its last column, or by the row of its last input.
+// The distinct rows of a place, sorted by the choice in its last column, or by the row of its last input. Where every
+// coalition has a row of its own, they stay in the order of the coalitions: nothing has to be gathered between such
+// places, nor for the outputs.
 struct PlacePlan {
   std::vector<int64_t> row;  // [n]: the row of each coalition
   std::vector<int64_t>

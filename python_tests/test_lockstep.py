@@ -44,7 +44,9 @@ def test_a_row_is_a_distinct_choice_in_the_columns_before_a_place(given_: Any) -
         same_row = row[:, None] == row[None]
         same_choice = (restricted[:, None] == restricted[None]).all(axis=2)
         assert (same_row == same_choice).all()
-        if columns:
+        if len(coalition) == len(choices):
+            assert (row == np.arange(len(choices))).all()
+        elif columns:
             assert (np.diff(choices[coalition[np.argsort(row[coalition])], columns[-1]]) >= 0).all()
 
 
