@@ -20,6 +20,7 @@ ALLOWED = {
     "budget": {"core"},
     "store": {"core"},
     "surrogate": {"core"},
+    "distributed": {"core"},
     "inputs": {"core"},
     "doctor": {"ops", "reference", "_C"},
     "estimators": {"core"},

@@ -1,9 +1,12 @@
+import itertools
+
 import numpy as np
 import pytest
 from contracts import SolverContract, damage
 
 from smpq_ext import registry
 from smpq_ext.core import Budget, Infeasible, Limit, Product, SmpqError
+from smpq_ext.solvers.anneal import FEW, Anneal
 from smpq_ext.solvers.dp import Dp
 from smpq_ext.solvers.milp import Milp
 
@@ -85,3 +88,37 @@ def test_a_limit_just_missed_by_very_many_assignments_is_kept(solver):
     found = solver(table, budget)
     assert budget.limits[0].cost(found)[0] == pytest.approx(2.95)
     assert damage(table, found[None])[0] == pytest.approx(damage(table, Dp()(table, budget)[None])[0])
+
+
+def instance_of_pairs(slots, width, seed, pairs, tied=()):
+    """Damage falls and cost rises with the candidate, as for widths; dense pairs; about half of what all could cost."""
+    rng = np.random.default_rng(seed)
+    table = np.sort(rng.lognormal(0, 1, (slots, width)), axis=1)[:, ::-1].copy()
+    cost = np.cumsum(rng.lognormal(0, 1, (slots, width)), axis=1)
+    limit = Limit("w", "units", 0.8 * float(cost.mean(axis=1).sum()), cost)
+    return table, Budget((limit,), tied), pairs * rng.normal(size=(slots, width, slots, width))
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("tied", [(), ((0, 3), (2, 5, 7))])
+def test_annealing_equals_brute_force_where_it_does_not_enumerate(seed, tied):
+    table, budget, pairwise = instance_of_pairs(8 + 3 * bool(tied), 4, seed, 0.3, tied)
+    units = np.array(list(itertools.product(range(4), repeat=8)), np.int8)
+    assert len(units) > FEW
+    parent = np.arange(len(table))
+    for group in tied:
+        parent[list(group)] = group[0]
+    rows = units[:, np.unique(parent, return_inverse=True)[1]]
+    rows = rows[budget.feasible(rows)]
+    found = Anneal()(table, budget, pairwise)
+    assert budget.feasible(found)[0]
+    assert damage(table, found[None], pairwise)[0] == pytest.approx(damage(table, rows, pairwise).min(), rel=1e-9)
+
+
+def test_annealing_finds_what_the_linear_programme_proves():
+    table, budget, pairwise = instance_of_pairs(30, 3, 0, 1.0)
+    few = np.zeros_like(pairwise)
+    for i, j in np.random.default_rng(1).permutation(list(itertools.combinations(range(30), 2)))[:20]:
+        few[i, :, j] = pairwise[i, :, j]
+    proved, found = Milp()(table, budget, few), Anneal()(table, budget, few)
+    assert damage(table, found[None], few)[0] == pytest.approx(damage(table, proved[None], few)[0], rel=1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 import time
@@ -98,7 +99,8 @@ def search(
 ) -> None:
     """Find the widths that keep the loss lowest within a budget, and verify them.
 
-    Running the same command again goes on where the last run stopped.
+    Running the same command again goes on where the last run stopped. Several processes share the work:
+    torchrun --standalone --nproc-per-node N -m smpq_ext.cli search ...
     """
     options: dict[str, Any] = {
         "bits": _widths("bits", bits),
@@ -113,19 +115,22 @@ def search(
     }
     pixels = (_numbers("mean", mean), _numbers("std", std))
     bar: _Bar | None = None
-    kept: SqliteStore | None = None
+    kept: Any = None
     try:
         import torch
 
-        from smpq_ext import inputs
+        from smpq_ext import distributed, inputs
         from smpq_ext.driver import Study
         from smpq_ext.store import SqliteStore
 
+        device = distributed.join(device)
+        if distributed.rank() > 0:
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
         torch.manual_seed(seed)  # a model or data that draw numbers draw the same ones again, so that a run can go on
         network = _moved(inputs.model(model, weights), device)
         samples_ = inputs.data(data, batch_size, samples, image_size, *pixels, targets=loss is not Loss.KL)
         out.mkdir(parents=True, exist_ok=True)
-        kept = SqliteStore(store or out / "evaluations.sqlite")
+        kept = distributed.kept(lambda: SqliteStore(store or out / "evaluations.sqlite"))
         bar = _Bar(kept)
         study = Study(network, samples_, store=kept, progress=bar, **options)
         bar.begin(study)
@@ -140,7 +145,9 @@ def search(
     finally:
         if kept is not None:
             kept.close()
-    _finish(result, out)
+    if distributed.rank() == 0:
+        _finish(result, out)
+    distributed.leave()
 
 
 @app.command()
@@ -234,7 +241,10 @@ class _Bar:
         console = Console(stderr=True)
         count = TextColumn("{task.completed}/{task.total} {task.fields[left]}")
         columns = (TextColumn("{task.description}"), BarColumn(), count)
-        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        from smpq_ext.distributed import rank
+
+        self.silent = rank() > 0
+        self.progress = Progress(*columns, console=console, disable=self.silent or not console.is_terminal)
         self.task = self.progress.add_task("", total=None, left="")
         self.start = self.last = time.perf_counter()
 
@@ -262,7 +272,7 @@ class _Bar:
         pace = (now - self.start) / computed if computed else self.pace
         left = f"at most {_duration((self.total - asked) * pace)} left"
         self.progress.update(self.task, description=stage, completed=asked, total=self.total, left=left)
-        if self.progress.disable and now - self.last > self.SILENCE:
+        if self.progress.disable and not self.silent and now - self.last > self.SILENCE:
             self.last = now
             typer.echo(f"{stage}: {asked}/{self.total}, {left}", err=True)
 

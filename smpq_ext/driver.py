@@ -18,8 +18,8 @@ from torch.utils.data import RandomSampler
 
 import smpq_ext
 from smpq_ext import budget as budgets
-from smpq_ext import registry
-from smpq_ext.core import Answer, Method, Plan, Problem, Result, SmpqError, Store, is_whole
+from smpq_ext import distributed, registry
+from smpq_ext.core import Answer, Evaluator, Method, Plan, Problem, Result, SmpqError, Store, is_whole
 from smpq_ext.engine.apply import apply
 from smpq_ext.engine.evaluator import evaluator as make_evaluator
 from smpq_ext.solvers.milp import Milp
@@ -54,14 +54,16 @@ def search(
 ) -> Result:
     """Find the widths that keep the loss of `model` lowest within `budget`, and verify them.
 
-    data: (inputs, targets) batches, kept as given; bits, activation_bits: candidate widths of weights and activations
+    data: (inputs, targets) batches, read once; bits, activation_bits: candidate widths of weights and activations
     (None: the same, (): weights only); budget: "weight-bits=3", "activation-bits=3", "bytes=250000", "bitops=0.1",
     several separated by commas; loss: callable(outputs, targets), "kl", or None for cross-entropy; evaluations: at most
-    so many forward passes over the calibration data (default: 30 for each slot, or 4 for each
-    candidate); store: a file that keeps every
-    evaluation, so that running again is resuming; fixed: slot or layer to width or "float" (default: first and last
-    layer at 8; what is given stands instead of that); renormalize: re-estimate BatchNorm statistics for every
-    assignment; progress: True for a line on standard error, or callable(stage, done, total).
+    so many forward passes over the calibration data (default: 30 for each slot, or 4 for each candidate); store: a file
+    that keeps every evaluation, so that running again is resuming; fixed: slot or layer to width or "float" (default:
+    first and last layer at 8; what is given stands instead of that); renormalize: re-estimate BatchNorm statistics for
+    every assignment; progress: True for a line on standard error, or callable(stage, done, total).
+
+    In a torch.distributed process group all ranks call it, with the same arguments; they share the evaluations, rank 0
+    keeps the store, and all get the result.
 
     Raises SmpqError (Infeasible where no assignment meets the budget) for input that cannot be searched.
     """
@@ -143,16 +145,19 @@ class Study:
             self.engine.split(HOLDOUT_SHARE, np.random.default_rng([seed, 0])) if keeps_apart else (self.engine, None)
         )
         kept: Store = MemoryStore() if store is None else store  # type: ignore[assignment]
-        self._opened: SqliteStore | None = None
-        if isinstance(store, str | os.PathLike):
-            Path(store).absolute().parent.mkdir(parents=True, exist_ok=True)
-            kept = self._opened = SqliteStore(store)
+        if store is not None and not isinstance(store, distributed.SharedStore):
+            kept = distributed.kept(lambda: _store(store))
+        self._opened = kept if isinstance(store, str | os.PathLike) else None
         for note in self.engine.notes:
             LOG.warning("%s", note)
         for module, why in self.engine.left_out.items():
             LOG.warning("not quantized: %s (%s)", module, why)
-        self._whole = Recorded(self.engine, kept)
-        self._parts = [Recorded(part, kept) for part in parts if part is not None]
+
+        def recorded(evaluator: Evaluator) -> Recorded:
+            return Recorded(distributed.shared(evaluator), kept)
+
+        self._whole = recorded(self.engine)
+        self._parts = [recorded(part) for part in parts if part is not None]
         self.problem = Problem(
             space=space,
             budget=limits,
@@ -163,19 +168,19 @@ class Study:
             evaluations=evaluations or max(EVALUATIONS_PER_SLOT * len(space.slots), 4 * int(space.mask.sum())),
             seed=seed,
             apart=HOLDOUT_SHARE if keeps_apart else 0.0,
-            record=lambda evaluator: Recorded(evaluator, kept),
+            record=recorded,
             progress=_line if progress is True else progress or (lambda stage, done, total: None),
         )
         self._clock.lap("calibrate")
 
     def seconds_per_evaluation(self) -> float:
-        """Measured on a batch of rows, after one to warm up."""
-        highest = self.problem.space.highest()
-        rows = np.random.default_rng(0).integers(0, highest + 1, (self.engine.rows_per_batch, len(highest)))
+        """Measured on a batch of rows, after one to warm up; all ranks of a process group have to ask."""
+        evaluator, highest = self._whole.evaluator, self.problem.space.highest()
+        rows = np.random.default_rng(0).integers(0, highest + 1, (evaluator.rows_per_batch, len(highest)))
         rows = rows.astype(np.int8)
-        self.engine(rows[:1])
+        evaluator(rows[: distributed.ranks()])
         start = time.perf_counter()
-        self.engine(rows)
+        evaluator(rows)
         return (time.perf_counter() - start) / len(rows)
 
     def run(self) -> Result:
@@ -228,7 +233,14 @@ class Study:
     def close(self) -> None:
         """Close the store, where a path was given."""
         if self._opened is not None:
-            self._opened.close()
+            self._opened.close()  # type: ignore[attr-defined]
+
+
+def _store(given: str | os.PathLike[str] | Store) -> Store:
+    if not isinstance(given, str | os.PathLike):
+        return given
+    Path(given).absolute().parent.mkdir(parents=True, exist_ok=True)
+    return SqliteStore(given)
 
 
 class _Clock:

@@ -21,7 +21,8 @@ class Milp:
 
     `pairwise` is [slots, candidates, slots, candidates]; of each pair of slots the block [i, :, j, :] with i < j is
     added to the damage, blocks of zeros cost nothing. Products and pairs are linearised without loss, one variable per
-    pair of candidates, so dozens of dense pairs take long. Equal instances give equal answers.
+    pair of candidates, so dozens of dense pairs take long: the solver 'anneal' takes any number. Equal instances give
+    equal answers.
 
     Raises Infeasible; SmpqError where the table has a NaN or HiGHS gives up. Source: reformulation-linearization
     (Adams and Sherali, Management Science 1986).
@@ -30,7 +31,7 @@ class Milp:
     def __call__(self, table: Table, budget: Budget, pairwise: NDArray[np.float64] | None = None) -> Assignments:
         """The assignment [slots] of least damage."""
         allowed = check(table)
-        terms = [] if pairwise is None else _pairs(pairwise, allowed)
+        terms = [] if pairwise is None else pair_terms(pairwise, allowed)
         best = minimise(table, terms, budget.limits, budget.tied, allowed)
         if best is None:
             raise infeasible(budget, allowed)
@@ -156,7 +157,8 @@ def minimise(
         rows.append((x[np.arange(slots), best], np.ones(slots), -np.inf, slots - 1))
 
 
-def _pairs(pairwise: NDArray[np.float64], allowed: NDArray[np.bool_]) -> list[Product]:
+def pair_terms(pairwise: NDArray[np.float64], allowed: NDArray[np.bool_]) -> list[Product]:
+    """The blocks [i, :, j, :], i < j, that are not zero. Raises SmpqError where one is not finite."""
     slots, width = allowed.shape
     if pairwise.shape != (slots, width, slots, width):
         raise ValueError(f"pairwise: expected shape {(slots, width, slots, width)}, got {pairwise.shape}")

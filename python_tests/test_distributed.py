@@ -1,0 +1,133 @@
+"""Several processes search as one: the same plan, the same store, errors on all ranks, and no evaluation lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smpq_ext.distributed import shares
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="gloo")
+
+
+@given(rows=st.integers(0, 500), rates=st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=9))
+def test_every_row_has_one_rank_and_nobody_waits_longer_than_a_row_takes(rows: int, rates: list[float]) -> None:
+    rate = np.array(rates)
+    edges = np.array(shares(rows, rate))
+    counts = np.diff(edges)
+    assert edges[0] == 0 and edges[-1] == rows and (counts >= 0).all()
+    assert (np.abs(counts - rows * rate / rate.sum()) < 1 + 1e-6).all()
+
+
+def launch(ranks: int, *command: str, **variables: str) -> subprocess.Popen[str]:
+    """A command under torchrun."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", **variables}
+    return subprocess.Popen(
+        [*torchrun, *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+    try:
+        return process.communicate(timeout=150)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def outcome(ranks: int, task: str, folder: Path, *options: str, **variables: str) -> list[dict]:
+    """What each rank of python_tests/ranks.py wrote."""
+    process = launch(ranks, *options, str(HERE / "ranks.py"), task, str(folder), **variables)
+    said, errors = finish(process)
+    assert process.returncode == 0, said + errors
+    return [json.loads((folder / f"rank{r}.json").read_text()) for r in range(ranks)]
+
+
+def evaluations(folder: Path) -> dict[tuple[str, bytes], bytes]:
+    with sqlite3.connect(folder / "evaluations.sqlite") as database:
+        return {(s, k): g for s, k, g in database.execute("SELECT study, key, groups FROM evaluations")}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
+    folder = tmp_path_factory.mktemp("alone")
+    (found,) = outcome(1, "search", folder)
+    return found, evaluations(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_plan_and_every_evaluation_are_those_of_one_process(ranks: int, alone: tuple, tmp_path: Path) -> None:
+    found = outcome(ranks, "search", tmp_path)
+    assert [f["plan"] for f in found] == ranks * [alone[0]["plan"]]
+    assert evaluations(tmp_path) == alone[1]
+    rows = [f["rows"] for f in found]
+    assert sum(rows) == len(alone[1]) and min(rows) > 0  # each computed by one rank, and each rank some
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_is_raised_by_all(tmp_path: Path) -> None:
+    found = outcome(2, "errors", tmp_path)
+    for rank in found:
+        assert rank["failing"] == "rank 1: RuntimeError('this rank is ill')"
+        assert "rank 1 asks for other rows than rank 0" in rank["apart"]
+        assert "rank 1 has another study than rank 0" in rank["other study"]
+        assert "cannot use" in rank["store"]
+
+
+@pytest.mark.slow
+def test_a_killed_rank_costs_at_most_one_batch(alone: tuple, tmp_path: Path) -> None:
+    found = outcome(2, "search", tmp_path, "--max-restarts", "3", KILL_AFTER="4")
+    assert [f["plan"] for f in found] == 2 * [alone[0]["plan"]]
+    assert evaluations(tmp_path) == alone[1]
+    saved, batch = json.loads((tmp_path / "killed.json").read_text()).values()
+    assert saved > 0
+    computed = sum(f["rows"] for f in found)
+    assert len(alone[1]) - saved <= computed <= len(alone[1]) - saved + batch
+
+
+NET = """
+import torch
+
+def build():
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)]
+    return torch.nn.Sequential(*layers)
+"""
+
+
+@pytest.mark.slow
+def test_the_command_line_says_things_once_and_finds_the_plan_of_one_process(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(NET)
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "data.npz", x=rng.normal(size=(64, 6)).astype(np.float32), y=rng.integers(0, 4, 64))
+    command = ["-m", "smpq_ext.cli", "search", f"--model={tmp_path}/net.py:build", f"--data={tmp_path}/data.npz"]
+    command += ["--budget=weight-bits=4", "--fixed=none", "--bits=2,4,8"]
+    plans = []
+    for ranks in (1, 2):
+        process = launch(ranks, *command, f"--out={tmp_path}/{ranks}")
+        said, errors = finish(process)
+        assert process.returncode == 0, said + errors
+        assert said.count("slots, at most") == said.count("report:") == 1
+        plans.append((tmp_path / str(ranks) / "plan.json").read_text())
+    assert plans[0] == plans[1] and evaluations(tmp_path / "1") == evaluations(tmp_path / "2")
+    process = launch(2, *command[:-3], "--budget=weight-bits=1", f"--out={tmp_path}/none")
+    said, errors = finish(process)
+    assert process.returncode == 1 and "smpq: budget: weight-bits=1" in errors and "Traceback" not in said
