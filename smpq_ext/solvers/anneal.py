@@ -23,8 +23,8 @@ class Anneal:
 
     `chains` start at the least damage without pairs and walk `steps` moves for each slot (or tied group), one or two
     of them at a time, while it gets colder; from the best that they saw it goes down by single and pair moves until
-    none helps. Without pairs, and where there are at most 20,000 assignments, the answer is exact. Equal instances give equal
-    answers. `pairwise` is as for the solver 'milp', which proves the least for a few dozen pairs.
+    none helps. Without pairs, and where there are at most 20,000 assignments, the answer is exact. Equal instances
+    give equal answers. `pairwise` is as for the solver 'milp', which proves the least for a few dozen pairs.
 
     Raises Infeasible; SmpqError where the table has a NaN. Source: Kirkpatrick, Gelatt, Vecchi (Science 1983).
     """
