@@ -31,29 +31,64 @@ class Leverage:
 
     def steps(self, game: Game, budget: int, rng: np.random.Generator) -> Iterator[Attribution]:
         """An attribution after every batch of pairs; arrays [players]."""
-        players = game.players
-        population = [comb(players, s) // (1 + (2 * s == players)) for s in range(1, players // 2 + 1)]  # pairs by size
-        least = min(sum(population), 2 * players)
-        if budget < 2 + 2 * least:
-            raise SmpqError(
-                f"evaluations: {budget} are too few for leverage regression of {players} players; "
-                f"it needs {2 + 2 * least}"
-            )
-        pairs = min((budget - 2) // 2, sum(population))
-        empty, full = game(np.repeat([[False], [True]], players, axis=1))
-        draw = _pairs(players, population, rng)
-        coalitions = np.empty((0, players), np.bool_)
-        gaps = np.empty(0)
-        while True:
-            count = min(max(self.batch // 2, least if not len(gaps) else 1), pairs - len(gaps))
-            if count:
-                rows = np.array([next(draw) for _ in range(count)])
-                values = game(np.concatenate([rows, ~rows]))
-                coalitions = np.concatenate([coalitions, rows])
-                gaps = np.concatenate([gaps, values[:count] - values[count:]])
-            yield Attribution(*_regress(coalitions, gaps, float(full - empty), population), 2 + 2 * len(gaps))
-            if len(gaps) == pairs:
-                return
+        least = 2 * game.players
+        for drawn in ask_pairs("leverage regression", game, budget, least, self.batch, rng):
+            found = fit(drawn)
+            yield Attribution(found.values, jackknife(drawn, found.solve, found.left_out), drawn.evaluations)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pairs that were asked, and what is known of the game besides."""
+
+    coalitions: Coalitions  # [pairs, players], the smaller of each pair
+    gaps: Values  # [pairs], v(coalition) - v(complement)
+    total: float  # v(all) - v(none)
+    population: list[int]  # how many pairs there are with 1, 2, ... players in the smaller coalition
+
+    @property
+    def evaluations(self) -> int:
+        return 2 + 2 * len(self.gaps)
+
+    @property
+    def signs(self) -> NDArray[np.float64]:
+        """1 for a player of the coalition, -1 for one of the complement, [pairs, players]."""
+        return np.where(self.coalitions, 1.0, -1.0)
+
+    @property
+    def seen(self) -> NDArray[np.float64]:
+        """Which share of the pairs of its size has been drawn, for each pair, [pairs]."""
+        size = self.coalitions.sum(axis=1)
+        drawn = np.bincount(size, minlength=len(self.population) + 1)
+        shares = [0.0, *(n / whole for n, whole in zip(drawn[1:], self.population, strict=True))]
+        return np.array(shares)[size]
+
+
+def ask_pairs(name: str, game: Game, budget: int, least: int, batch: int, rng: np.random.Generator) -> Iterator[Drawn]:
+    """All pairs so far, after every batch of them: at least `least`, or all there are.
+
+    Raises SmpqError, naming the estimator, where the budget does not pay for these.
+    """
+    players = game.players
+    population = [comb(players, s) // (1 + (2 * s == players)) for s in range(1, players // 2 + 1)]
+    least = min(sum(population), least)
+    if budget < 2 + 2 * least:
+        raise SmpqError(f"evaluations: {budget} are too few for {name} of {players} players; it needs {2 + 2 * least}")
+    pairs = min((budget - 2) // 2, sum(population))
+    empty, full = game(np.repeat([[False], [True]], players, axis=1))
+    draw = _pairs(players, population, rng)
+    coalitions = np.empty((0, players), np.bool_)
+    gaps = np.empty(0)
+    while True:
+        count = min(max(batch // 2, least if not len(gaps) else 1), pairs - len(gaps))
+        if count:
+            rows = np.array([next(draw) for _ in range(count)])
+            values = game(np.concatenate([rows, ~rows]))
+            coalitions = np.concatenate([coalitions, rows])
+            gaps = np.concatenate([gaps, values[:count] - values[count:]])
+        yield Drawn(coalitions, gaps, float(full - empty), population)
+        if len(gaps) == pairs:
+            return
 
 
 def _pairs(players: int, population: list[int], rng: np.random.Generator) -> Iterator[NDArray[np.bool_]]:
@@ -80,30 +115,45 @@ def _pairs(players: int, population: list[int], rng: np.random.Generator) -> Ite
         yield row
 
 
-def _regress(coalitions: Coalitions, gaps: Values, total: float, population: list[int]) -> tuple[Values, Values]:
-    """Values and standard errors [players] from coalitions [pairs, players] and v(S) - v(complement) [pairs].
+@dataclass(frozen=True)
+class Fit:
+    """The kernel regression on pairs, which sees only their gaps: `signs @ values` for an additive game."""
 
-    Of a pair, the kernel regression sees only the difference: it is `signs @ values` for an additive game.
-    """
-    players = coalitions.shape[1]
-    size = coalitions.sum(axis=1)
-    drawn = np.bincount(size, minlength=len(population) + 1)
-    seen = np.array([0.0] + [n / whole for n, whole in zip(drawn[1:], population, strict=True)])[size]
+    values: Values  # [players]
+    residuals: Values  # [pairs], of the gaps
+    left_out: Values  # [pairs], the same by the fit without the pair; NaN where without it there is none
+    solve: NDArray[np.float64]  # [players, pairs], what a gap moves the values by
+
+
+def fit(drawn: Drawn) -> Fit:
+    """Weighted least squares under the efficiency constraint."""
+    players = drawn.coalitions.shape[1]
+    size = drawn.coalitions.sum(axis=1)
     # Shapley kernel 1/(C(n, s) s (n - s)) x pairs of that size / pairs drawn of that size
-    weights = 1 / (size * (players - size) * drawn[size] * (1 + (2 * size == players)))
-    signs = np.where(coalitions, 1.0, -1.0)
-    targets = gaps - signs.sum(axis=1) * total / players
+    weights = 1 / (size * (players - size) * np.bincount(size)[size] * (1 + (2 * size == players)))
+    signs = drawn.signs
+    targets = drawn.gaps - signs.sum(axis=1) * drawn.total / players
     signs -= signs.mean(axis=1, keepdims=True)  # what is left to fit sums to zero: the efficiency constraint
 
     eigenvalues, vectors = np.linalg.eigh((signs.T * weights) @ signs)
     good = eigenvalues > 1e-10 * eigenvalues[-1]
     inverse = (vectors[:, good] / eigenvalues[good]) @ vectors[:, good].T
-    solve = inverse @ (signs.T * weights)  # [players, pairs]
+    solve = inverse @ (signs.T * weights)
     offsets = solve @ targets
-    hat = np.einsum("pi,ip->p", signs, solve)
-    if good.sum() < players - 1 or (hat[seen < 1] > 1 - 1e-9).any():
-        errors = np.full(players, np.inf)  # without one of the pairs there would be no answer
-    else:
-        moved = solve * ((targets - signs @ offsets) / np.maximum(1 - hat, 1e-9))
-        errors = np.sqrt((moved**2 * (1 - seen)).sum(axis=1))
-    return total / players + offsets, errors
+    residuals = targets - signs @ offsets
+    free = 1 - np.einsum("pi,ip->p", signs, solve)
+    unique = good.sum() == players - 1
+    left_out = np.where(unique & (free > 1e-9), residuals / np.maximum(free, 1e-9), np.nan)
+    return Fit(drawn.total / players + offsets, residuals, left_out, solve)
+
+
+def jackknife(drawn: Drawn, solve: NDArray[np.float64], left_out: Values) -> Values:
+    """Delete-one-pair standard errors [players], with the finite population correction of each size.
+
+    Infinite where, without one of the pairs, there would be no answer.
+    """
+    partly = drawn.seen < 1
+    if np.isnan(left_out[partly]).any():
+        return np.full(len(solve), np.inf)
+    moved = solve[:, partly] * left_out[partly]
+    return np.asarray(np.sqrt((moved**2 * (1 - drawn.seen[partly])).sum(axis=1)), np.float64)
