@@ -23,6 +23,15 @@ def last(name, game, budget, seed=0, **settings):
     return found
 
 
+@pytest.mark.parametrize("name", sorted(set(registry.names("estimators")) - {"stratified"}))
+@pytest.mark.parametrize("players", [1, 2, 3, 6, 11])
+def test_additive_games_are_exact(name, players):
+    game = additive(players)
+    found = last(name, game, max(2**players, 4 * players + 2))
+    np.testing.assert_allclose(found.values, game.shapley, atol=1e-9)
+    np.testing.assert_allclose(found.standard_errors, 0, atol=1e-4)
+
+
 class Arbitrary:
     """A game without any structure."""
 

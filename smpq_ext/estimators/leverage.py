@@ -44,7 +44,7 @@ class Drawn:
     coalitions: Coalitions  # [pairs, players], the smaller of each pair
     gaps: Values  # [pairs], v(coalition) - v(complement)
     total: float  # v(all) - v(none)
-    population: list[int]  # how many pairs there are with 1, 2, ... players in the smaller coalition
+    population: list[int]
 
     @property
     def evaluations(self) -> int:
@@ -70,13 +70,13 @@ def ask_pairs(name: str, game: Game, budget: int, least: int, batch: int, rng: n
     Raises SmpqError, naming the estimator, where the budget does not pay for these.
     """
     players = game.players
-    population = [comb(players, s) // (1 + (2 * s == players)) for s in range(1, players // 2 + 1)]
-    least = min(sum(population), least)
+    whole = population(players)
+    least = min(sum(whole), least)
     if budget < 2 + 2 * least:
         raise SmpqError(f"evaluations: {budget} are too few for {name} of {players} players; it needs {2 + 2 * least}")
-    pairs = min((budget - 2) // 2, sum(population))
+    pairs = min((budget - 2) // 2, sum(whole))
     empty, full = game(np.repeat([[False], [True]], players, axis=1))
-    draw = _pairs(players, population, rng)
+    draw = draw_pairs(players, whole, rng)
     coalitions = np.empty((0, players), np.bool_)
     gaps = np.empty(0)
     while True:
@@ -86,12 +86,17 @@ def ask_pairs(name: str, game: Game, budget: int, least: int, batch: int, rng: n
             values = game(np.concatenate([rows, ~rows]))
             coalitions = np.concatenate([coalitions, rows])
             gaps = np.concatenate([gaps, values[:count] - values[count:]])
-        yield Drawn(coalitions, gaps, float(full - empty), population)
+        yield Drawn(coalitions, gaps, float(full - empty), whole)
         if len(gaps) == pairs:
             return
 
 
-def _pairs(players: int, population: list[int], rng: np.random.Generator) -> Iterator[NDArray[np.bool_]]:
+def population(players: int) -> list[int]:
+    """How many pairs there are with 1, 2, ... players in the smaller coalition."""
+    return [comb(players, s) // (1 + (2 * s == players)) for s in range(1, players // 2 + 1)]
+
+
+def draw_pairs(players: int, population: list[int], rng: np.random.Generator) -> Iterator[NDArray[np.bool_]]:
     """The smaller coalition of each pair, without end until all are drawn; every prefix is even over the sizes."""
     seen: set[bytes] = set()
     drawn = [0] * len(population)

@@ -34,9 +34,9 @@ class Odd:
     evaluations on. Sizes that are enumerated are exact. Pairs are drawn as by 'leverage'; standard errors are
     delete-one jackknife errors over them. `batch` is about how many coalitions are asked at once.
 
-    Raises SmpqError where the budget pays for fewer than players pairs (or all, if there are fewer). Source: the odd
-    part after OddSHAP (specs: Shapley values as a regression of the odd component); the kernel of all products of three
-    is that of Duvenaud, Nickisch, Rasmussen, Additive Gaussian processes (2011).
+    Raises SmpqError where the budget pays for fewer than players pairs (or all, if there are fewer). Source: Fumagalli,
+    Butler, Kang, Ramchandran, Witter, An odd estimator for Shapley values (arXiv 2602.01399), here with every triple in
+    place of picked interactions, by the kernel of Duvenaud, Nickisch, Rasmussen, Additive Gaussian processes (2011).
     """
 
     batch: int = 256
@@ -56,7 +56,7 @@ def _regress(drawn: Drawn, signs: NDArray[np.float64], gaps: Values) -> tuple[Va
     some = np.append(np.arange(min(CHOOSE, len(gaps) - 1)), len(gaps) - 1)
     few, best = np.ix_(some, some), (-np.inf, 0.0, 0.0)
     for share, noise in product(SHARES if players > 2 else SHARES[:1], NOISES):
-        best = max(best, (_likelihood(_kernel(inner[few], players, share, noise), gaps[some]), share, noise))
+        best = max(best, (likelihood(_kernel(inner[few], players, share, noise), gaps[some]), share, noise))
     _, share, noise = best
 
     factor = cholesky(_kernel(inner, players, share, noise), lower=True)
@@ -90,7 +90,7 @@ def _triples(inner: Any, players: int) -> Any:
     return (inner**3 - (3 * players - 2) * inner) / 6
 
 
-def _likelihood(kernel: NDArray[np.float64], gaps: Values) -> float:
+def likelihood(kernel: NDArray[np.float64], gaps: Values) -> float:
     """Of the gaps, their scale being the likeliest one."""
     try:
         factor = cholesky(kernel, lower=True)

@@ -1,0 +1,159 @@
+"""Shapley values of a Gaussian process over coalitions, for few evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from math import comb
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import cho_solve, cholesky
+from scipy.stats import hypergeom
+
+from smpq_ext.core import Attribution, Coalitions, Game, SmpqError, Values
+from smpq_ext.estimators.leverage import Drawn, draw_pairs, fit, population
+from smpq_ext.estimators.odd import END, likelihood
+
+__all__ = ["Gaussian"]
+
+SHARES = (0.0, 0.05, 0.2, 0.5, 0.9)  # of the prior variance that is not additive
+AGREEMENTS = (0.5, 0.8, 0.95)  # correlation of what is not additive where two coalitions differ in a player
+NOISES = (1e-10, 1e-4, 1e-2)
+CHOOSE = 300  # so many pairs tell which of them it is
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Posterior mean and deviation of the Shapley values under a Gaussian process, from pairs in a fixed order.
+
+    First none and all, then every single player with all others, then random halves, each with its complement. The
+    prior of a pair's gap v(S) - v(complement) is additive plus the odd part of a kernel agreement^(players that
+    differ), which holds interactions of every order; their shares are the likeliest ones. Meant for fewer than 4 x
+    players evaluations, where it beats 'leverage'; the time grows with the cube of the evaluations. `batch` is about
+    how many coalitions are asked at once.
+
+    Raises SmpqError where the budget pays for fewer than players + 2 evaluations.
+    """
+
+    batch: int = 256
+
+    def steps(self, game: Game, budget: int, rng: np.random.Generator) -> Iterator[Attribution]:
+        """An attribution after every batch of pairs; arrays [players]."""
+        players = game.players
+        every = 2 ** (players - 1) - 1
+        least = min(players // 2 + 1, every)
+        if budget < 2 + 2 * least:
+            few = f"evaluations: {budget} are too few for a Gaussian process of {players} players"
+            raise SmpqError(f"{few}; it needs {2 + 2 * least}")
+        empty, full = game(np.repeat([[False], [True]], players, axis=1))
+        order = _order(players, rng)
+        coalitions, gaps = np.empty((0, players), np.bool_), np.empty(0)
+        while True:
+            count = min(max(self.batch // 2, least - len(gaps)), (budget - 2) // 2 - len(gaps), every - len(gaps))
+            if count:
+                rows = np.array([next(order) for _ in range(count)])
+                values = game(np.concatenate([rows, ~rows]))
+                coalitions = np.concatenate([coalitions, rows])
+                gaps = np.concatenate([gaps, values[:count] - values[count:]])
+            total = float(full - empty)
+            if len(gaps) < every:
+                yield Attribution(*_posterior(coalitions, gaps, total), 2 + 2 * len(gaps))
+            else:
+                values = fit(Drawn(coalitions, gaps, total, population(players))).values  # all pairs: exact
+                yield Attribution(values, np.zeros(players), 2 + 2 * len(gaps))
+            if len(gaps) == min((budget - 2) // 2, every):
+                return
+
+
+def _order(players: int, rng: np.random.Generator) -> Iterator[NDArray[np.bool_]]:
+    """One coalition of each pair: the singles, as many random halves, and then as 'leverage' draws them."""
+    pairs = population(players)
+
+    def candidates() -> Iterator[NDArray[np.bool_]]:
+        yield from np.eye(players, dtype=np.bool_)[: pairs[0] if pairs else 0]
+        for _ in range(players):
+            half = np.zeros(players, np.bool_)
+            half[rng.permutation(players)[: players // 2]] = True
+            yield ~half if 2 * half.sum() == players and not half[0] else half
+        yield from draw_pairs(players, pairs, rng)
+
+    seen: set[bytes] = set()
+    for row in candidates():
+        if row.tobytes() not in seen:
+            seen.add(row.tobytes())
+            yield row
+
+
+def _posterior(coalitions: Coalitions, gaps: Values, total: float) -> tuple[Values, Values]:
+    """Mean and deviation [players] given the gaps of coalitions [pairs, players], and that of all against none."""
+    players = coalitions.shape[1]
+    rows = np.concatenate([coalitions, np.ones((1, players), np.bool_)])
+    targets = np.append(gaps, total)
+    signs = np.where(rows, 1.0, -1.0)
+    inner = signs @ signs.T
+    jitter = np.append(np.ones(len(gaps)), END)
+    best = (-np.inf, 0.0, AGREEMENTS[0], NOISES[0])
+    some = np.append(np.arange(min(CHOOSE, len(gaps))), len(gaps))
+    for share, agreement, noise in product(SHARES, AGREEMENTS, NOISES):
+        if share or agreement == AGREEMENTS[0]:
+            kernel = _kernel(inner[np.ix_(some, some)], players, share, agreement) + np.diag(noise * jitter[some])
+            best = max(best, (likelihood(kernel, targets[some]), share, agreement, noise))
+    _, share, agreement, noise = best
+
+    factor = cholesky(_kernel(inner, players, share, agreement) + np.diag(noise * jitter), lower=True)
+    dual = cho_solve((factor, True), targets)
+    size = rows.sum(axis=1)
+    shared = np.array([_share(players, int(s), agreement) for s in size])  # [pairs, 2]: of players outside and inside
+    cross = (1 - share) / players * signs + share * np.where(rows, shared[:, 1:], shared[:, :1])
+    values = cross.T @ dual
+    prior = (1 - share) / players + share * _prior(players, agreement)
+    explained = np.einsum("pi,pi->i", cross, cho_solve((factor, True), cross))
+    scale = float(targets @ dual) / len(targets)
+    return values + (total - values.sum()) / players, np.sqrt(scale * np.maximum(prior - explained, 0))
+
+
+def _kernel(inner: NDArray[np.float64], players: int, share: float, agreement: float) -> NDArray[np.float64]:
+    """Covariance of gaps, 1 on the diagonal, from the inner products of the signs of their coalitions."""
+    apart = (players - inner) / 2  # how many players differ
+    odd = (agreement**apart - agreement ** (players - apart)) / (1 - agreement**players)
+    return np.asarray((1 - share) / players * inner + share * odd, np.float64)
+
+
+@lru_cache(maxsize=4096)
+def _share(players: int, size: int, agreement: float) -> tuple[float, float]:
+    """Covariance of the Shapley value of a player outside, or inside, of a coalition of `size` with its gap.
+
+    It is the Shapley value in the game that the odd kernel is as a function of its first argument.
+    """
+    found = []
+    for inside in (False, True):
+        with_ = np.arange(size - inside + 1)[:, None]  # how many others of the coalition have joined before
+        without = np.arange(players - size - (not inside) + 1)[None]
+        if not with_.size or not without.size:
+            found.append(0.0)
+            continue
+        ways = [
+            [
+                comb(int(with_[-1, 0]), a) * comb(int(without[0, -1]), b) / comb(players - 1, a + b)
+                for b in without[0].tolist()
+            ]
+            for a in with_[:, 0].tolist()
+        ]
+        before = size - with_ + without
+        after = before + (-1 if inside else 1)
+        moved = [agreement**d - agreement ** (players - d) for d in (before, after)]
+        found.append(float((np.array(ways) * (moved[1] - moved[0])).sum()) / players / 2 / (1 - agreement**players))
+    return found[0], found[1]
+
+
+@lru_cache(maxsize=256)
+def _prior(players: int, agreement: float) -> float:
+    """Prior variance of a Shapley value of what is not additive, where that of a gap is 1."""
+    others = players - 1
+    s, t, both = np.meshgrid(*[np.arange(players)] * 3, indexing="ij")
+    chance = hypergeom.pmf(both, others, s, t)  # that coalitions of s and t of the others have `both` in common
+    alike = (chance * agreement ** np.maximum(s + t - 2 * both, 0)).sum()
+    return float(2 * (1 - agreement) * alike / players**2 / (2 * (1 - agreement**players)))
