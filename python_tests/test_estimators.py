@@ -154,3 +154,44 @@ class TestTruncated:
     def test_settings_are_checked(self, wrong):
         with pytest.raises(SmpqError):
             registry.find("estimators", "truncated")(**wrong)
+
+
+class TestAuto:
+    @pytest.mark.parametrize(("budget", "choice"), [(64, "exact"), (63, "odd"), (25, "gaussian")])
+    def test_by_budget(self, budget, choice):
+        assert last("auto", third_order(6), budget).reason.startswith(f"{choice}: ")
+
+    def test_by_what_left_out_pairs_say(self):
+        assert last("auto", third_order(16), 400).reason.startswith("odd: of pairs left out it misses ")
+        noise = Arbitrary(14)
+        noise.table += (np.arange(2**14)[:, None] >> np.arange(14) & 1) @ np.arange(14)
+        assert last("auto", noise, 2000).reason.startswith("leverage: of pairs left out it misses ")
+
+    def test_it_is_the_estimator_that_it_names(self):
+        for budget in (30, 100, 400):
+            found = last("auto", third_order(9), budget)
+            same = last(found.reason.partition(":")[0], third_order(9), budget)
+            np.testing.assert_array_equal(found.values, same.values)
+            np.testing.assert_array_equal(found.standard_errors, same.standard_errors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(registry.names("estimators")) - {"exact", "truncated"}))
+def test_intervals_of_95_percent_cover(name):
+    """On games with interactions of every order, at budgets that leave something to be seen."""
+    players, covered = 12, []
+    inside = (np.arange(2**players)[:, None] >> np.arange(players) & 1).astype(bool)
+    for game_seed in range(6):
+        rng = np.random.default_rng(game_seed)
+        game = Arbitrary(players)
+        game.table = -np.exp(-(inside @ rng.lognormal(-1, 0.7, players))) + 0.02 * rng.normal(size=len(inside))
+        truth = last("exact", game, 2**players).values
+        for seed in range(20):
+            for budget in (100, 200, 400):
+                try:
+                    found = last(name, game, budget, seed)
+                except SmpqError:
+                    continue  # the budget is too small for it
+                known = np.isfinite(found.standard_errors)
+                covered += list((np.abs(found.values - truth) < 1.96 * found.standard_errors)[known])
+    assert 0.90 < np.mean(covered) < 0.995, np.mean(covered)  # 0.99, as far as 120 runs can tell

@@ -189,6 +189,7 @@ class Attribution:
     values: Values
     standard_errors: Values
     evaluations: int
+    reason: str = ""  # which estimator was taken and why, where one chooses
 
 
 class Estimator(Protocol):
@@ -385,9 +386,8 @@ class Result:
             )
             if data["attribution"] is not None:
                 a = data["attribution"]
-                data["attribution"] = Attribution(
-                    np.asarray(a["values"], np.float64), np.asarray(a["standard_errors"], np.float64), a["evaluations"]
-                )
+                values, errors = (np.asarray(a[name], np.float64) for name in ("values", "standard_errors"))
+                data["attribution"] = Attribution(values, errors, a["evaluations"], str(a.get("reason", "")))
             for name in ("scores", "score_errors"):
                 if data[name] is not None:
                     data[name] = np.array([[np.inf if v is None else v for v in row] for row in data[name]], np.float64)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from smpq_ext.core import Attribution, Game, SmpqError
-from smpq_ext.estimators.permutation import marginals
+from smpq_ext.estimators.permutation import marginals, standard_error
 
 __all__ = ["Antithetic"]
 
@@ -42,5 +42,4 @@ class Antithetic:
             ranks = rng.permuted(np.tile(np.arange(game.players), (count, 1)), axis=1)
             both = marginals(game, np.concatenate([ranks, game.players - 1 - ranks]), ends)
             found = np.concatenate([found, (both[:count] + both[count:]) / 2])
-            error = found.std(axis=0, ddof=1) / np.sqrt(len(found))
-            yield Attribution(found.mean(axis=0), error, 2 + len(found) * inner)
+            yield Attribution(found.mean(axis=0), standard_error(found), 2 + len(found) * inner)

@@ -61,7 +61,7 @@ class Drawn:
         size = self.coalitions.sum(axis=1)
         drawn = np.bincount(size, minlength=len(self.population) + 1)
         shares = [0.0, *(n / whole for n, whole in zip(drawn[1:], self.population, strict=True))]
-        return np.array(shares)[size]
+        return np.asarray(np.array(shares)[size], np.float64)
 
 
 def ask_pairs(name: str, game: Game, budget: int, least: int, batch: int, rng: np.random.Generator) -> Iterator[Drawn]:
@@ -122,7 +122,7 @@ def draw_pairs(players: int, population: list[int], rng: np.random.Generator) ->
 
 @dataclass(frozen=True)
 class Fit:
-    """The kernel regression on pairs, which sees only their gaps: `signs @ values` for an additive game."""
+    """A regression on pairs, which sees only their gaps."""
 
     values: Values  # [players]
     residuals: Values  # [pairs], of the gaps
@@ -131,7 +131,7 @@ class Fit:
 
 
 def fit(drawn: Drawn) -> Fit:
-    """Weighted least squares under the efficiency constraint."""
+    """Weighted least squares under the efficiency constraint: a gap is `signs @ values` for an additive game."""
     players = drawn.coalitions.shape[1]
     size = drawn.coalitions.sum(axis=1)
     # Shapley kernel 1/(C(n, s) s (n - s)) x pairs of that size / pairs drawn of that size

@@ -13,7 +13,7 @@ from scipy.linalg import LinAlgError, cho_solve, cholesky
 
 from smpq_ext.core import Attribution, Game, Values
 from smpq_ext.estimators.adjusted import missed_by
-from smpq_ext.estimators.leverage import Drawn, ask_pairs, jackknife
+from smpq_ext.estimators.leverage import Drawn, Fit, ask_pairs, jackknife
 
 __all__ = ["Odd"]
 
@@ -44,14 +44,15 @@ class Odd:
     def steps(self, game: Game, budget: int, rng: np.random.Generator) -> Iterator[Attribution]:
         """An attribution after every batch of pairs; arrays [players]."""
         for drawn in ask_pairs("odd regression", game, budget, game.players, self.batch, rng):
-            signs = np.concatenate([drawn.signs, np.ones((1, game.players))])
-            gaps = np.append(drawn.gaps, drawn.total)
-            yield Attribution(*_regress(drawn, signs, gaps), drawn.evaluations)
+            found = fit(drawn)
+            yield Attribution(found.values, jackknife(drawn, found.solve, found.left_out), drawn.evaluations)
 
 
-def _regress(drawn: Drawn, signs: NDArray[np.float64], gaps: Values) -> tuple[Values, Values]:
-    """Values and standard errors [players] from signs [pairs + 1, players] and gaps, the last of all against none."""
-    players = signs.shape[1]
+def fit(drawn: Drawn) -> Fit:
+    """The regression of the gaps, and of the gap of all and none, which is nearly exact."""
+    players = drawn.coalitions.shape[1]
+    signs = np.concatenate([drawn.signs, np.ones((1, players))])
+    gaps = np.append(drawn.gaps, drawn.total)
     inner = signs @ signs.T
     some = np.append(np.arange(min(CHOOSE, len(gaps) - 1)), len(gaps) - 1)
     few, best = np.ix_(some, some), (-np.inf, 0.0, 0.0)
@@ -73,7 +74,7 @@ def _regress(drawn: Drawn, signs: NDArray[np.float64], gaps: Values) -> tuple[Va
     residuals = (noise * dual)[:-1]
     values += missed_by(drawn, np.where(drawn.seen < 1, 0, residuals), np.zeros(len(residuals)))[0]
     left_out = (dual / np.diag(inverse))[:-1]
-    return values + (drawn.total - values.sum()) / players, jackknife(drawn, solve, left_out)
+    return Fit(values + (drawn.total - values.sum()) / players, residuals, left_out, solve)
 
 
 def _kernel(inner: NDArray[np.float64], players: int, share: float, noise: float) -> NDArray[np.float64]:
@@ -97,4 +98,4 @@ def likelihood(kernel: NDArray[np.float64], gaps: Values) -> float:
     except LinAlgError:
         return -np.inf
     scale = float(gaps @ cho_solve((factor, True), gaps)) / len(gaps)
-    return -0.5 * len(gaps) * np.log(max(scale, 1e-300)) - float(np.log(np.diag(factor)).sum())
+    return float(-0.5 * len(gaps) * np.log(max(scale, 1e-300)) - np.log(np.diag(factor)).sum())

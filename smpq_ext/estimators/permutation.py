@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from smpq_ext.core import Attribution, Game, SmpqError, Values
 
@@ -40,8 +41,14 @@ class Permutation:
             count = min(max(self.batch // max(inner, 1), 2), runs - len(found))
             ranks = rng.permuted(np.tile(np.arange(game.players), (count, 1)), axis=1)
             found = np.concatenate([found, marginals(game, ranks, ends)])
-            error = found.std(axis=0, ddof=1) / np.sqrt(len(found))
-            yield Attribution(found.mean(axis=0), error, 2 + len(found) * inner)
+            yield Attribution(found.mean(axis=0), standard_error(found), 2 + len(found) * inner)
+
+
+def standard_error(found: NDArray[np.float64]) -> Values:
+    """Of the mean of independent estimates [runs, players]; of few, it is widened by Student's factor at 95 %."""
+    runs = len(found)
+    student = float(stdtrit(runs - 1, 0.975) / stdtrit(np.inf, 0.975))
+    return np.asarray(student * found.std(axis=0, ddof=1) / np.sqrt(runs), np.float64)
 
 
 def marginals(game: Game, ranks: NDArray[np.int64], ends: Values) -> NDArray[np.float64]:
