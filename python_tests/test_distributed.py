@@ -92,17 +92,6 @@ def test_an_error_of_one_rank_is_raised_by_all(tmp_path: Path) -> None:
         assert "cannot use" in rank["store"]
 
 
-@pytest.mark.slow
-def test_a_killed_rank_costs_at_most_one_batch(alone: tuple, tmp_path: Path) -> None:
-    found = outcome(2, "search", tmp_path, "--max-restarts", "3", KILL_AFTER="4")
-    assert [f["plan"] for f in found] == 2 * [alone[0]["plan"]]
-    assert evaluations(tmp_path) == alone[1]
-    saved, batch = json.loads((tmp_path / "killed.json").read_text()).values()
-    assert saved > 0
-    computed = sum(f["rows"] for f in found)
-    assert len(alone[1]) - saved <= computed <= len(alone[1]) - saved + batch
-
-
 NET = """
 import torch
 

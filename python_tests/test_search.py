@@ -18,6 +18,7 @@ import torch
 from test_methods import BITS, BUDGET, Net, net, samples
 
 import smpq_ext
+from smpq_ext import driver
 from smpq_ext.core import Result, SmpqError
 from smpq_ext.engine import evaluator as engine
 
@@ -54,6 +55,21 @@ def test_the_same_seed_gives_the_same_plan_and_a_store_answers_the_second_time(n
     assert first.plan.to_json() == second.plan.to_json() == third.plan.to_json()
     assert first.evaluations == second.evaluations
     assert _rows(tmp_path / "evaluations.sqlite") == count
+
+
+def test_seconds_become_evaluations_once(net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pace = iter([0.01, 5.0])
+    monkeypatch.setattr(driver.Study, "seconds_per_evaluation", lambda self: next(pace))
+    timed = functools.partial(run, net, evaluations=None, seconds=2.5, store=tmp_path / "evaluations.sqlite")
+    first, again = timed(), timed()
+    assert first.plan.to_json() == again.plan.to_json() and first.evaluations == again.evaluations <= 250
+    assert next(pace) == 5.0  # the second search did not measure
+    assert first.plan.to_json() == run(net, evaluations=250).plan.to_json()
+    with pytest.raises(SmpqError, match="seconds: give this or evaluations"):
+        run(net, seconds=1)
+    for wrong in (0, -1, float("inf"), float("nan"), "10min"):
+        with pytest.raises(SmpqError, match="seconds: a positive number"):
+            run(net, evaluations=None, seconds=wrong)
 
 
 def _rows(path: Path) -> int:

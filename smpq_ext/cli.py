@@ -64,6 +64,9 @@ def search(
     evaluations: Annotated[
         int | None, typer.Option(help="At most so many passes over the data.", show_default="30 for each slot")
     ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="As many passes as these pay for, in place of --evaluations.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of every random choice.")] = 0,
     loss: Annotated[
         Loss, typer.Option(help="kl: the divergence from the float model, needs no targets.")
@@ -109,6 +112,7 @@ def search(
         "method": method,
         "loss": None if loss is Loss.CROSS_ENTROPY else loss.value,
         "evaluations": evaluations,
+        "seconds": seconds,
         "seed": seed,
         "renormalize": "auto" if renormalize is Switch.AUTO else renormalize is Switch.ON,
         "fixed": None if fixed is None else _fixed(fixed),

@@ -46,6 +46,7 @@ def search(
     method: str | Method = "shapley",
     loss: Callable[[Any, Any], torch.Tensor] | str | None = None,
     evaluations: int | None = None,
+    seconds: float | None = None,
     seed: int = 0,
     renormalize: bool | str = "auto",
     store: str | os.PathLike[str] | Store | None = None,
@@ -57,10 +58,11 @@ def search(
     data: (inputs, targets) batches, read once; bits, activation_bits: candidate widths of weights and activations
     (None: the same, (): weights only); budget: "weight-bits=3", "activation-bits=3", "bytes=250000", "bitops=0.1",
     several separated by commas; loss: callable(outputs, targets), "kl", or None for cross-entropy; evaluations: at most
-    so many forward passes over the calibration data (default: 30 for each slot, or 4 for each candidate); store: a file
-    that keeps every evaluation, so that running again is resuming; fixed: slot or layer to width or "float" (default:
-    first and last layer at 8; what is given stands instead of that); renormalize: re-estimate BatchNorm statistics for
-    every assignment; progress: True for a line on standard error, or callable(stage, done, total).
+    so many forward passes over the calibration data (default: 30 for each slot, or 4 for each candidate); seconds: in
+    place of it, as many as these pay for, measured once before the search and kept in the store; store: a file that
+    keeps every evaluation, so that running again is resuming; fixed: slot or layer to width or "float" (default: first
+    and last layer at 8; what is given stands instead of that); renormalize: re-estimate BatchNorm statistics for every
+    assignment; progress: True for a line on standard error, or callable(stage, done, total).
 
     In a torch.distributed process group all ranks call it, with the same arguments; they share the evaluations, rank 0
     keeps the store, and all get the result.
@@ -76,6 +78,7 @@ def search(
         method=method,
         loss=loss,
         evaluations=evaluations,
+        seconds=seconds,
         seed=seed,
         renormalize=renormalize,
         store=store,
@@ -102,6 +105,7 @@ class Study:
         method: str | Method,
         loss: Callable[[Any, Any], torch.Tensor] | str | None,
         evaluations: int | None,
+        seconds: float | None,
         seed: int,
         renormalize: bool | str,
         store: str | os.PathLike[str] | Store | None,
@@ -111,6 +115,10 @@ class Study:
         self._clock = _Clock()
         if evaluations is not None and not (is_whole(evaluations) and evaluations > 0):
             raise SmpqError(f"evaluations: a positive integer, not {evaluations!r}")
+        if seconds is not None and not (isinstance(seconds, int | float) and 0 < seconds < np.inf):
+            raise SmpqError(f"seconds: a positive number, not {seconds!r}")
+        if seconds is not None and evaluations is not None:
+            raise SmpqError("seconds: give this or evaluations, not both")
         if not is_whole(seed) or not 0 <= seed < 2**63:
             raise SmpqError(f"seed: an integer from 0 to 2^63 - 1, not {seed!r}")
         if not isinstance(method, str) and (isinstance(method, type) or not hasattr(method, "allocate")):
@@ -144,9 +152,7 @@ class Study:
         parts = (
             self.engine.split(HOLDOUT_SHARE, np.random.default_rng([seed, 0])) if keeps_apart else (self.engine, None)
         )
-        kept: Store = MemoryStore() if store is None else store  # type: ignore[assignment]
-        if store is not None and not isinstance(store, distributed.SharedStore):
-            kept = distributed.kept(lambda: _store(store))
+        kept = store if isinstance(store, distributed.SharedStore) else distributed.kept(lambda: _store(store))
         self._opened = kept if isinstance(store, str | os.PathLike) else None
         for note in self.engine.notes:
             LOG.warning("%s", note)
@@ -158,6 +164,8 @@ class Study:
 
         self._whole = recorded(self.engine)
         self._parts = [recorded(part) for part in parts if part is not None]
+        if seconds is not None:
+            evaluations = self._affordable(seconds, kept)
         self.problem = Problem(
             space=space,
             budget=limits,
@@ -175,13 +183,20 @@ class Study:
 
     def seconds_per_evaluation(self) -> float:
         """Measured on a batch of rows, after one to warm up; all ranks of a process group have to ask."""
-        evaluator, highest = self._whole.evaluator, self.problem.space.highest()
+        evaluator, highest = self._whole.evaluator, self.engine.space.highest()
         rows = np.random.default_rng(0).integers(0, highest + 1, (evaluator.rows_per_batch, len(highest)))
         rows = rows.astype(np.int8)
         evaluator(rows[: distributed.ranks()])
         start = time.perf_counter()
         evaluator(rows)
         return (time.perf_counter() - start) / len(rows)
+
+    def _affordable(self, seconds: float, kept: Store) -> int:
+        """How many evaluations the seconds pay for: measured once and kept, so that a second run asks the same."""
+        study = f"{self.engine.fingerprint} for {seconds:g} s"
+        if not kept.read(study):
+            kept.append(study, {b"evaluations": np.array([max(1.0, seconds // self.seconds_per_evaluation())])})
+        return int(kept.read(study)[b"evaluations"][0])
 
     def run(self) -> Result:
         """Search, apply the plan, and verify it by a forward pass of the applied model."""
@@ -236,7 +251,9 @@ class Study:
             self._opened.close()  # type: ignore[attr-defined]
 
 
-def _store(given: str | os.PathLike[str] | Store) -> Store:
+def _store(given: str | os.PathLike[str] | Store | None) -> Store:
+    if given is None:
+        return MemoryStore()
     if not isinstance(given, str | os.PathLike):
         return given
     Path(given).absolute().parent.mkdir(parents=True, exist_ok=True)
