@@ -27,7 +27,7 @@ class Auto:
     has no bias. `reason` of an attribution says which, and by how much. `batch` is about how many coalitions are asked
     at once.
 
-    Raises SmpqError where the budget is too small for 'gaussian'.
+    Raises SmpqError where the budget is too small for 'gaussian'. Source: those of the estimators that it takes.
     """
 
     batch: int = 256

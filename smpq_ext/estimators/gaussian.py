@@ -35,7 +35,8 @@ class Gaussian:
     players evaluations, where it beats 'leverage'; the time grows with the cube of the evaluations. `batch` is about
     how many coalitions are asked at once.
 
-    Raises SmpqError where the budget pays for fewer than players + 2 evaluations.
+    Raises SmpqError where the budget is too small, and names the least. Source: Rasmussen and Williams, Gaussian
+    processes for machine learning (2006), section 2.2; its Shapley values are exact sums over the kernel.
     """
 
     batch: int = 256
