@@ -18,7 +18,22 @@ import torch
 from test_methods import samples, trained
 
 from smpq_ext import driver
+from smpq_ext.core import Result
 from smpq_ext.engine.evaluator import TorchEvaluator, evaluator
+
+
+def search(net: torch.nn.Module, folder: Path) -> Result:
+    """A search in many small batches, with its store in the folder."""
+    driver.make_evaluator = functools.partial(evaluator, memory=1 << 20)
+    return driver.search(
+        net,
+        [samples(96, 1)],
+        bits=(2, 3, 4, 8),
+        budget="weight-bits=3,activation-bits=3",
+        evaluations=250,
+        loss="kl",
+        store=folder / "evaluations.sqlite",
+    )
 
 
 def child(net: torch.nn.Module, folder: Path) -> None:
@@ -30,16 +45,7 @@ def child(net: torch.nn.Module, folder: Path) -> None:
         return by_group(self, rows)
 
     TorchEvaluator.by_group = logged
-    driver.make_evaluator = functools.partial(evaluator, memory=1 << 20)  # many small batches
-    result = driver.search(
-        net,
-        [samples(96, 1)],
-        bits=(2, 3, 4, 8),
-        budget="weight-bits=3,activation-bits=3",
-        evaluations=250,
-        loss="kl",
-        store=folder / "evaluations.sqlite",
-    )
+    result = search(net, folder)
     (folder / "plan").write_text(repr(result.plan.to_json()))
 
 

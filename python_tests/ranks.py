@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import os
-import signal
-import sqlite3
 import sys
 from pathlib import Path
 
 import numpy as np
+from killable import search
 from test_methods import samples, trained
 
-from smpq_ext import distributed, driver
+from smpq_ext import distributed
 from smpq_ext.core import SmpqError
 from smpq_ext.engine.evaluator import TorchEvaluator, evaluator
 from smpq_ext.store import SqliteStore
@@ -21,39 +18,15 @@ from smpq_ext.store import SqliteStore
 computed: list[int] = []  # rows of each batch of this rank
 
 
-def saved(folder: Path) -> int:
-    with sqlite3.connect(folder / "evaluations.sqlite") as database:
-        return database.execute("SELECT count(*) FROM evaluations").fetchone()[0]
-
-
-def count(folder: Path) -> None:
-    """Count the rows, and let rank 1 kill itself once, in the batch that KILL_AFTER names."""
-    by_group, after = TorchEvaluator.by_group, int(os.environ.get("KILL_AFTER", "0"))
+def whole(folder: Path) -> dict:
+    by_group = TorchEvaluator.by_group
 
     def counted(self: TorchEvaluator, rows: np.ndarray) -> np.ndarray:
         computed.append(len(rows))
-        first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        if after and first and distributed.rank() == 1 and len(computed) > after:
-            told = {"saved": saved(folder), "batch": 4 * len(rows)}
-            (folder / "killed.json").write_text(json.dumps(told))
-            os.kill(os.getpid(), signal.SIGKILL)
         return by_group(self, rows)
 
     TorchEvaluator.by_group = counted
-
-
-def search(folder: Path) -> dict:
-    count(folder)
-    driver.make_evaluator = functools.partial(evaluator, memory=1 << 20)  # many small batches
-    result = driver.search(
-        trained(),
-        [samples(96, 1)],
-        bits=(2, 3, 4, 8),
-        budget="weight-bits=3,activation-bits=3",
-        evaluations=250,
-        loss="kl",
-        store=folder / "evaluations.sqlite",
-    )
+    result = search(trained(), folder)
     return {"plan": result.plan.to_json(), "rows": sum(computed)}
 
 
@@ -89,6 +62,6 @@ def errors(folder: Path) -> dict:
 if __name__ == "__main__":
     distributed.join("cpu")
     where = Path(sys.argv[2])
-    told = {"search": search, "errors": errors}[sys.argv[1]](where)
+    told = {"search": whole, "errors": errors}[sys.argv[1]](where)
     (where / f"rank{distributed.rank()}.json").write_text(json.dumps(told))
     distributed.leave()

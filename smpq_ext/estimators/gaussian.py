@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_solve, cholesky
 from scipy.stats import hypergeom
 
-from smpq_ext.core import Attribution, Coalitions, Game, SmpqError, Values
-from smpq_ext.estimators.leverage import Drawn, draw_pairs, fit, population
+from smpq_ext.core import Attribution, Game, Values
+from smpq_ext.estimators.leverage import Drawn, ask_pairs, draw_pairs, fit
 from smpq_ext.estimators.odd import END, likelihood
 
 __all__ = ["Gaussian"]
@@ -43,35 +43,17 @@ class Gaussian:
 
     def steps(self, game: Game, budget: int, rng: np.random.Generator) -> Iterator[Attribution]:
         """An attribution after every batch of pairs; arrays [players]."""
-        players = game.players
-        every = 2 ** (players - 1) - 1
-        least = min(players // 2 + 1, every)
-        if budget < 2 + 2 * least:
-            few = f"evaluations: {budget} are too few for a Gaussian process of {players} players"
-            raise SmpqError(f"{few}; it needs {2 + 2 * least}")
-        empty, full = game(np.repeat([[False], [True]], players, axis=1))
-        order = _order(players, rng)
-        coalitions, gaps = np.empty((0, players), np.bool_), np.empty(0)
-        while True:
-            count = min(max(self.batch // 2, least - len(gaps)), (budget - 2) // 2 - len(gaps), every - len(gaps))
-            if count:
-                rows = np.array([next(order) for _ in range(count)])
-                values = game(np.concatenate([rows, ~rows]))
-                coalitions = np.concatenate([coalitions, rows])
-                gaps = np.concatenate([gaps, values[:count] - values[count:]])
-            total = float(full - empty)
-            if len(gaps) < every:
-                yield Attribution(*_posterior(coalitions, gaps, total), 2 + 2 * len(gaps))
+        least = game.players // 2 + 1
+        for drawn in ask_pairs("a Gaussian process", game, budget, least, self.batch, rng, _order):
+            if len(drawn.gaps) < sum(drawn.population):
+                found = _posterior(drawn)
             else:
-                values = fit(Drawn(coalitions, gaps, total, population(players))).values  # all pairs: exact
-                yield Attribution(values, np.zeros(players), 2 + 2 * len(gaps))
-            if len(gaps) == min((budget - 2) // 2, every):
-                return
+                found = fit(drawn).values, np.zeros(game.players)  # all pairs: exact
+            yield Attribution(*found, drawn.evaluations)
 
 
-def _order(players: int, rng: np.random.Generator) -> Iterator[NDArray[np.bool_]]:
+def _order(players: int, pairs: list[int], rng: np.random.Generator) -> Iterator[NDArray[np.bool_]]:
     """One coalition of each pair: the singles, as many random halves, and then as 'leverage' draws them."""
-    pairs = population(players)
 
     def candidates() -> Iterator[NDArray[np.bool_]]:
         yield from np.eye(players, dtype=np.bool_)[: pairs[0] if pairs else 0]
@@ -88,8 +70,9 @@ def _order(players: int, rng: np.random.Generator) -> Iterator[NDArray[np.bool_]
             yield row
 
 
-def _posterior(coalitions: Coalitions, gaps: Values, total: float) -> tuple[Values, Values]:
-    """Mean and deviation [players] given the gaps of coalitions [pairs, players], and that of all against none."""
+def _posterior(drawn: Drawn) -> tuple[Values, Values]:
+    """Mean and deviation [players] given the gaps of the pairs, and that of all against none."""
+    coalitions, gaps, total = drawn.coalitions, drawn.gaps, drawn.total
     players = coalitions.shape[1]
     rows = np.concatenate([coalitions, np.ones((1, players), np.bool_)])
     targets = np.append(gaps, total)

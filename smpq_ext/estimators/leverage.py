@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import comb
 
@@ -64,8 +64,18 @@ class Drawn:
         return np.asarray(np.array(shares)[size], np.float64)
 
 
-def ask_pairs(name: str, game: Game, budget: int, least: int, batch: int, rng: np.random.Generator) -> Iterator[Drawn]:
+def ask_pairs(
+    name: str,
+    game: Game,
+    budget: int,
+    least: int,
+    batch: int,
+    rng: np.random.Generator,
+    order: Callable[[int, list[int], np.random.Generator], Iterator[NDArray[np.bool_]]] | None = None,
+) -> Iterator[Drawn]:
     """All pairs so far, after every batch of them: at least `least`, or all there are.
+
+    order: what yields the smaller coalition of each pair, `draw_pairs` by default.
 
     Raises SmpqError, naming the estimator, where the budget does not pay for these.
     """
@@ -76,7 +86,7 @@ def ask_pairs(name: str, game: Game, budget: int, least: int, batch: int, rng: n
         raise SmpqError(f"evaluations: {budget} are too few for {name} of {players} players; it needs {2 + 2 * least}")
     pairs = min((budget - 2) // 2, sum(whole))
     empty, full = game(np.repeat([[False], [True]], players, axis=1))
-    draw = draw_pairs(players, whole, rng)
+    draw = (order or draw_pairs)(players, whole, rng)
     coalitions = np.empty((0, players), np.bool_)
     gaps = np.empty(0)
     while True:
