@@ -146,6 +146,13 @@ class Budget:
     limits: tuple[Limit, ...]
     tied: tuple[tuple[int, ...], ...] = ()
 
+    def leaders(self, slots: int) -> NDArray[np.int64]:
+        """The first slot of the group that each slot is tied in, itself where it is in none, [slots]."""
+        found = np.arange(slots)
+        for group in self.tied:
+            found[list(group)] = group[0]
+        return found
+
     def feasible(self, assignments: Assignments) -> NDArray[np.bool_]:
         """Which of the assignments [n, slots] meet every limit, [n]."""
         rows = np.atleast_2d(assignments)

@@ -98,10 +98,7 @@ class BudgetGame:
         self.reference = _assignment(evaluator.space, reference, "reference")
         if not budget.feasible(self.reference)[0]:
             raise SmpqError("budget game: the reference assignment does not meet the budget")
-        slots = len(self.reference)
-        parent = np.arange(slots)
-        for group in budget.tied:
-            parent[list(group)] = group[0]
+        parent = budget.leaders(len(self.reference))
         self._units = (np.unique(parent)[:, None] == parent).astype(np.int8)  # [units, slots]
         self.moves = len(self._units) // 2 + 1 if moves is None else moves
         self.spent = 0

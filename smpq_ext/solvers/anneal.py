@@ -87,10 +87,7 @@ class _Units:
 
     def __init__(self, table: Table, budget: Budget, terms: list[Product], allowed: NDArray[np.bool_]) -> None:
         slots, width = table.shape
-        parent = np.arange(slots)
-        for group in budget.tied:
-            parent[list(group)] = group[0]
-        self.first, self.unit = np.unique(parent, return_inverse=True)
+        self.first, self.unit = np.unique(budget.leaders(slots), return_inverse=True)
         self.budget = budget
         units = len(self.first)
         self.allowed = np.ones((units, width), np.bool_)

@@ -30,9 +30,7 @@ class Dp:
         if len(budget.limits) > 1 or any(limit.products for limit in budget.limits) or pairwise is not None:
             raise SmpqError("dp: takes one additive limit, no products such as bitops and no pairs; take solver 'milp'")
         slots = len(table)
-        parent = np.arange(slots)
-        for group in budget.tied:
-            parent[list(group)] = group[0]
+        parent = budget.leaders(slots)
         units = np.unique(parent)
         member = (units[:, None] == parent).astype(np.float64)  # [units, slots]
         # +inf marks what is not allowed; it stays when tied slots are summed
