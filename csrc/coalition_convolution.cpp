@@ -20,9 +20,7 @@ void multiply(const Tensor& like, const ConvolutionArgs<X>& a, int64_t last_row)
   const int64_t start = a.first_row * a.samples;
   launch(
       like,
-      [&]([[maybe_unused]] void* stream) {
-        if constexpr (std::is_same_v<X, uint8_t>) cuda::coalition_convolution(a, last_row, stream);
-      },
+      [&](void* stream) { cuda::coalition_convolution(a, last_row, stream); },
       [&](int64_t first, int64_t last) { SMPQ_ON_CPU(coalition_convolution, a, start + first, start + last); },
       last_row * a.samples - start, 1);
 }
@@ -51,7 +49,6 @@ std::vector<Tensor> run(const Tensor& x, const Tensor& padding, const Tensor& we
                         int64_t activation, std::vector<int64_t> geometry, bool depthwise, bool values,
                         const std::vector<Tensor>& child_row, const std::vector<Tensor>& child_grid,
                         std::vector<int64_t> child_bits) {
-  SMPQ_CHECK((std::is_same_v<X, uint8_t>) || !on_device(x), op, ": on CUDA x must be codes, uint8");
   using Args = ConvolutionArgs<X>;
   using Weight = typename Args::Weight;
   using Sum = typename Args::Sum;

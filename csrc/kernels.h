@@ -305,7 +305,8 @@ void coalition_moments(const EpilogueArgs&, int64_t last_row, double* moments, v
 void normalize_rows(const NormalizationArgs&, int64_t first_row, int64_t last_row, const double* moments, int64_t parts,
                     void* stream);
 void coalition_epilogue(const EpilogueArgs&, int64_t last_row, void* stream);
-void coalition_convolution(const ConvolutionArgs<uint8_t>&, int64_t last_row, void* stream);
+template <class X>
+void coalition_convolution(const ConvolutionArgs<X>&, int64_t last_row, void* stream);
 
 }  // namespace cuda
 

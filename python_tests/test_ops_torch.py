@@ -103,6 +103,24 @@ def test_layers_are_one_torch_layer_for_each_row(device: str) -> None:
         smpq_ext.coalition_linear(x, w, b, [0, 1, 2, 3])
 
 
+def test_layers_as_one_call_are_those_of_each_row(device: str) -> None:
+    """On CUDA rows of several weights run together; here that way is compared with the loop, wherever we are."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    x, w, b = random(4, 2, 4, 7, 7), [random(8, 2, 3, 3) for _ in range(4)], random(8)
+    for bias in (b, None):
+        ours = ops._conv2d_together(x, w, bias, (2, 1), (1, 0), (1, 2), 2)
+        loop = [torch.nn.functional.conv2d(r, k, bias, (2, 1), (1, 0), (1, 2), 2) for r, k in zip(x, w, strict=True)]
+        torch.testing.assert_close(ours, torch.stack(loop))
+    x, w = random(4, 2, 3, 6), [random(8, 6) for _ in range(4)]
+    for bias in (b, None):
+        loop = [torch.nn.functional.linear(r, k, bias) for r, k in zip(x, w, strict=True)]
+        torch.testing.assert_close(ops._linear_together(x, w, bias), torch.stack(loop))
+
+
 def test_gradcheck_with_the_rounding_held(device: str) -> None:
     """In float64 the gradients are the numeric ones of the same function with its rounding errors held constant."""
     torch.manual_seed(0)

@@ -293,24 +293,39 @@ def _computable(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> tuple[Te
 _library = torch.library.Library("smpq", "FRAGMENT")
 
 
-def _per_variant(
-    x: Tensor, weight: Tensor, variant: Sequence[int], layer: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """Apply `layer` to each run of rows that share a weight; callers sort rows so that runs are long."""
+def _weights(x: Tensor, weight: Tensor, variant: Sequence[int]) -> list[Tensor]:
+    """The weight of each row."""
     if len(variant) != x.shape[0]:
         raise RuntimeError(f"variant: {len(variant)} indices for {x.shape[0]} rows of x")
     if any(not 0 <= v < weight.shape[0] for v in variant):
         raise RuntimeError(f"variant: an index is outside the {weight.shape[0]} variants of weight")
     if not variant:
         raise RuntimeError("x: no rows")
+    return [weight[v] for v in variant]
+
+
+def _per_variant(
+    x: Tensor, weights: list[Tensor], variant: Sequence[int], layer: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Apply `layer` to each run of rows that share a weight; callers sort rows so that runs are long."""
     starts = [i for i in range(len(variant)) if i == 0 or variant[i] != variant[i - 1]]
     ends = [*starts[1:], len(variant)]
-    runs = [layer(x[a:b], weight[variant[a]]) for a, b in zip(starts, ends, strict=True)]
+    runs = [layer(x[a:b], weights[a]) for a, b in zip(starts, ends, strict=True)]
     return runs[0] if len(runs) == 1 else torch.cat(runs)
 
 
 def _coalition_linear(x: Tensor, weight: Tensor, bias: Tensor | None, variant: Sequence[int]) -> Tensor:
-    return _per_variant(x, weight, variant, lambda rows, w: F.linear(rows, w, bias))
+    weights = _weights(x, weight, variant)
+    if x.is_cuda and len(set(variant)) > 1:
+        return _linear_together(x, weights, bias)
+    return _per_variant(x, weights, variant, lambda rows, w: F.linear(rows, w, bias))
+
+
+def _linear_together(x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
+    """All rows as one batched product."""
+    rows, turned = x.flatten(1, -2), torch.stack(weights).mT
+    out = torch.bmm(rows, turned) if bias is None else torch.baddbmm(bias, rows, turned)
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def _coalition_conv2d(
@@ -323,10 +338,26 @@ def _coalition_conv2d(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    def conv(rows: Tensor, w: Tensor) -> Tensor:  # four dimensions, so that channels-last stays
-        return F.conv2d(rows.flatten(0, 1), w, bias, stride, padding, dilation, groups)
+    weights = _weights(x, weight, variant)
+    geometry = stride, padding, dilation
+    if x.is_cuda and len(set(variant)) > 1:
+        return _conv2d_together(x, weights, bias, *geometry, groups)
 
-    return _per_variant(x, weight, variant, conv).unflatten(0, x.shape[:2])
+    def conv(rows: Tensor, w: Tensor) -> Tensor:  # four dimensions, so that channels-last stays
+        return F.conv2d(rows.flatten(0, 1), w, bias, *geometry, groups)
+
+    return _per_variant(x, weights, variant, conv).unflatten(0, x.shape[:2])
+
+
+def _conv2d_together(
+    x: Tensor, weights: list[Tensor], bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
+    """All rows as the groups of one convolution."""
+    n = len(weights)
+    biases = None if bias is None else bias.repeat(n)
+    channels = x.transpose(0, 1).flatten(1, 2)
+    out = F.conv2d(channels, torch.cat(weights), biases, stride, padding, dilation, n * groups)
+    return out.unflatten(1, (n, -1)).transpose(0, 1)
 
 
 _library.define("coalition_linear(Tensor x, Tensor weight, Tensor? bias, int[] variant) -> Tensor")

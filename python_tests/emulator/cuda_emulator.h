@@ -367,9 +367,10 @@ T atomicExch(T* p, T v) {
 
 namespace cuda_emulator {
 
-// mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32, its fragments as in the PTX ISA, "Matrix Fragments for
-// mma.m16n8k32".
-inline void mma_m16n8k32(int32_t (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SMPQ_EMULATOR_PLACE) {
+// mma.sync.aligned of 16 rows, 8 columns and 8 words, its fragments as in the PTX ISA, "Matrix Fragments for
+// mma.m16n8k32" and those for ".tf32" of mma.m16n8k8, which are the same. add(sum, x, w): two words.
+template <class Sum, class Add>
+void mma(Sum (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Add add, const char* file, int line) {
   constexpr uint32_t everyone = 0xffffffffu;
   const int lane = static_cast<int>(lane_id()), row = lane / 4, column = lane % 4 * 2;
   for (int j = 0; j < 4; ++j) {  // the lane that holds words j and j + 4
@@ -380,15 +381,33 @@ inline void mma_m16n8k32(int32_t (&sum)[4], const uint32_t (&a)[4], const uint32
     }
     for (int half = 0; half < 2; ++half) {       // words j and j + 4
       for (int lower = 0; lower < 2; ++lower) {  // rows `row` and `row + 8`
-        for (int n = 0; n < 2; ++n) {
-          for (int byte = 0; byte < 4; ++byte) {
-            const int code = static_cast<uint8_t>(x[half * 2 + lower] >> (8 * byte));
-            sum[lower * 2 + n] += code * static_cast<int8_t>(w[n][half] >> (8 * byte));
-          }
-        }
+        for (int n = 0; n < 2; ++n) add(sum[lower * 2 + n], x[half * 2 + lower], w[n][half]);
       }
     }
   }
+}
+
+// Four products of bytes of type A and B; sums wrap.
+template <class A, class B>
+void mma_m16n8k32(int32_t (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SMPQ_EMULATOR_PLACE) {
+  const auto add = [](int32_t& to, uint32_t x, uint32_t w) {
+    for (int byte = 0; byte < 4; ++byte) {
+      const int product = static_cast<A>(x >> (8 * byte)) * static_cast<B>(w >> (8 * byte));
+      to = static_cast<int32_t>(static_cast<uint32_t>(to) + static_cast<uint32_t>(product));
+    }
+  };
+  mma(sum, a, b, add, file, line);
+}
+
+// Products of floats whose last 13 bits the hardware does not see.
+inline void mma_m16n8k8_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SMPQ_EMULATOR_PLACE) {
+  const auto seen = [](uint32_t word) {
+    float value;
+    word &= 0xffffe000u;
+    memcpy(&value, &word, 4);
+    return value;
+  };
+  mma(sum, a, b, [&](float& to, uint32_t x, uint32_t w) { to += seen(x) * seen(w); }, file, line);
 }
 
 }  // namespace cuda_emulator

@@ -47,8 +47,8 @@ class FixedLayer(FloatLayer):
         )
         whole = (kernels / self._steps[..., None, None, None]).round().to(torch.int16)
         self._packed = pack(whole, self.groups, 2)
-        rows = torch.zeros(self.layer.executor.rows, dtype=torch.int64)
-        self._variant = rows if self._unquantized is not None else torch.tensor(self.layer.variant)
+        one = self._unquantized is not None
+        self._variant = self._first() if one else torch.tensor(self.layer.variant, device=self._device)
 
     def _step(self, coalitions: Tensor) -> Tensor:
         """Of the inputs of these coalitions, [n, 1]."""
@@ -64,9 +64,11 @@ class FixedLayer(FloatLayer):
     def product(self, parents: Tensor, parent: Tensor, coalitions: Tensor) -> Product:
         variant = self._variant[coalitions]
         return Product(
-            padding=torch.zeros(len(parents), dtype=torch.int16),
+            padding=torch.zeros(len(parents), dtype=torch.int16, device=self._device),
             weight=self._packed,
-            start=torch.zeros(len(coalitions), -(-self._channels // LANES) * LANES, dtype=torch.int32),
+            start=torch.zeros(
+                len(coalitions), -(-self._channels // LANES) * LANES, dtype=torch.int32, device=self._device
+            ),
             variant=variant,
             scale=self._step(parents)[parent].double() * self._steps[variant],
             bias=self.layer.bias,

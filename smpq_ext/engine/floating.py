@@ -25,11 +25,10 @@ class FloatLayer:
         self.layer = layer
         kernel, self.groups = kernel_of(layer, layer.source)
         self.depthwise = is_depthwise(kernel, self.groups)
-        if kernel.is_cuda:
-            raise ValueError("on CUDA the kernel multiplies codes alone")
         self._unquantized = pack(kernel[None], self.groups, 1) if layer.weight is None else None
         self._channels = len(kernel)
-        self._grids = torch.empty(0, 4)  # [candidates, 4]
+        self._device = kernel.device
+        self._grids = torch.empty(0, 4, device=self._device)  # [candidates, 4]
         if (g := layer.activation) is not None:
             if g.zero_point.is_floating_point():
                 raise ValueError("only whole zero points of activations")
@@ -41,9 +40,13 @@ class FloatLayer:
             variants = self.layer.variants
             kernels = variants if self.layer.conv2d else variants[..., None, None]
             self._packed = pack(kernels, self.groups, 1)
-            self._variant = torch.tensor(self.layer.variant)
+            self._variant = torch.tensor(self.layer.variant, device=self._device)
         else:
-            self._packed, self._variant = self._unquantized, torch.zeros(self.layer.executor.rows, dtype=torch.int64)
+            self._packed, self._variant = self._unquantized, self._first()
+
+    def _first(self) -> Tensor:
+        """The variant of every row where there is but one."""
+        return torch.zeros(self.layer.executor.rows, dtype=torch.int64, device=self._device)
 
     def unload(self) -> None:
         self._packed, self._variant = torch.empty(0), torch.empty(0, dtype=torch.int64)
@@ -56,11 +59,11 @@ class FloatLayer:
     def product(self, parents: Tensor, parent: Tensor, coalitions: Tensor) -> Product:
         n = len(coalitions)
         return Product(
-            padding=torch.zeros(len(parents), dtype=torch.float32),
+            padding=torch.zeros(len(parents), dtype=torch.float32, device=self._device),
             weight=self._packed,
-            start=torch.zeros(n, -(-self._channels // LANES) * LANES, dtype=torch.float32),
+            start=torch.zeros(n, -(-self._channels // LANES) * LANES, dtype=torch.float32, device=self._device),
             variant=self._variant[coalitions],
-            scale=torch.ones(n, self._channels, dtype=torch.float64),
+            scale=torch.ones(n, self._channels, dtype=torch.float64, device=self._device),
             bias=self.layer.bias,
         )
 
