@@ -19,8 +19,7 @@ template <class X>
 void multiply(const Tensor& like, const ConvolutionArgs<X>& a, int64_t last_row) {
   const int64_t start = a.first_row * a.samples;
   launch(
-      like,
-      [&](void* stream) { cuda::coalition_convolution(a, last_row, stream); },
+      like, [&](void* stream) { cuda::coalition_convolution(a, last_row, stream); },
       [&](int64_t first, int64_t last) { SMPQ_ON_CPU(coalition_convolution, a, start + first, start + last); },
       last_row * a.samples - start, 1);
 }

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from python_tests.conftest import WHERE
 from smpq_ext import ops, reference
 from smpq_ext.engine.fusion import is_depthwise, pack
 

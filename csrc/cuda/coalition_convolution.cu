@@ -1,7 +1,7 @@
-// coalition_convolution: an implicit matrix product on tensor cores, all rows in one launch. A warp takes 16 pixels of a
-// row and up to 64 output channels; a fragment's word is four codes, two fixed-point numbers or a float of one pixel and
-// tap, which lie side by side in memory, and so do the weights that they meet: nothing goes through shared memory. Sums
-// of whole numbers are exact, so that the result is that of the CPU bit for bit; statistics are those of products
+// coalition_convolution: an implicit matrix product on tensor cores, all rows in one launch. A warp takes 16 pixels of
+// a row and up to 64 output channels; a fragment's word is four codes, two fixed-point numbers or a float of one pixel
+// and tap, which lie side by side in memory, and so do the weights that they meet: nothing goes through shared memory.
+// Sums of whole numbers are exact, so that the result is that of the CPU bit for bit; statistics are those of products
 // rounded to float32.
 #include "epilogue.cuh"
 
@@ -12,12 +12,12 @@ namespace {
 template <class X>
 using Args = ConvolutionArgs<X>;
 
-// The fragments as PTX lays them out, all forms alike: of a[16 x 8 words] a lane holds rows lane / 4 and that + 8, words
-// lane % 4 and that + 4; of b[8 words x 8] words lane % 4 and that + 4, column lane / 4; of the sums columns
-// 2 * (lane % 4) and the next.
-#define SMPQ_MMA(form, kind, sum, a, b)                                                                          \
-  asm("mma.sync.aligned." form " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"               \
-      : "+" kind(sum[0]), "+" kind(sum[1]), "+" kind(sum[2]), "+" kind(sum[3])                                   \
+// The fragments as PTX lays them out, all forms alike: of a[16 x 8 words] a lane holds rows lane / 4 and that + 8,
+// words lane % 4 and that + 4; of b[8 words x 8] words lane % 4 and that + 4, column lane / 4; of the sums columns 2 *
+// (lane % 4) and the next.
+#define SMPQ_MMA(form, kind, sum, a, b)                                                           \
+  asm("mma.sync.aligned." form " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+" kind(sum[0]), "+" kind(sum[1]), "+" kind(sum[2]), "+" kind(sum[3])                    \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 
 // sum += a * b, a word being four integers of a byte, signed or not. Sums wrap.

@@ -60,9 +60,7 @@ def test_mixtures_have_the_values_of_the_cpu(
     name: str, renormalize: bool, mixture_bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, data = build(name, 1, sizes=(7,))
-    ev = smpq_ext.evaluator(
-        model, data, bits=(2, 3, 8), renormalize=renormalize, fixed={}, mixture_bits=mixture_bits
-    )
+    ev = smpq_ext.evaluator(model, data, bits=(2, 3, 8), renormalize=renormalize, fixed={}, mixture_bits=mixture_bits)
     rng = np.random.default_rng(0)
     rows = ev.space.one_hot(np.stack([rng.integers(0, ev.space.highest() + 1) for _ in range(4)]))
     rows = (rows + rows[::-1]) / 2
