@@ -109,20 +109,30 @@ CASES = [
 COMPILED = {"chains, interval"}  # where B3 and B5 stand beside: their time does not depend on the rows
 
 
+def distinct_rows(ev: TorchEvaluator, rows: Rows) -> dict[int, int]:
+    """How many rows every layer runs for, over all batches of coalitions, by its index in the executor."""
+    executor = ev._executor
+    lockstep = executor.lockstep
+    assert lockstep is not None
+    assigned = rows.ndim == 2
+    order = np.lexsort(rows.T[::-1]) if assigned else np.arange(len(rows))
+    count = dict.fromkeys(range(len(executor.layers)), 0)
+    for first in range(0, len(rows), ev.rows_per_batch):
+        chunk = rows[order[first : first + ev.rows_per_batch]]
+        with executor.loaded(ev.space.one_hot(chunk.astype(np.int64)) if assigned else chunk):
+            for step in lockstep.graph.steps:
+                if step.layer is not None:
+                    count[step.layer] += len(lockstep.rows[step.place].coalition)
+    return count
+
+
 def int8_limit(ev: TorchEvaluator, rows: Rows) -> float | None:
     """Seconds of onednn's int8 convolutions for the distinct work of the rows; None where there are other layers."""
     executor = ev._executor
     lockstep = executor.lockstep
     if lockstep is None or not all(isinstance(m, nn.Conv2d) for m in list(ev.layers.values())[:-1]):
         return None
-    count: dict[int, int] = {}
-    order = np.lexsort(rows.T[::-1])
-    for first in range(0, len(rows), ev.rows_per_batch):
-        chunk = rows[order[first : first + ev.rows_per_batch]].astype(np.int64)
-        with executor.loaded(ev.space.one_hot(chunk)):
-            for step in lockstep.graph.steps:
-                if step.layer is not None:
-                    count[step.layer] = count.get(step.layer, 0) + len(lockstep.rows[step.place].coalition)
+    count = distinct_rows(ev, rows)
     total = 0.0
     size = ev.batches[0].size
     for k, step in ((s.layer, s) for s in lockstep.graph.steps if s.layer is not None):

@@ -46,7 +46,7 @@ def cases() -> dict[str, TorchEvaluator]:
 def floating(ev: TorchEvaluator, rows: NDArray[np.int8], onednn: bool = True) -> NDArray[np.float64]:
     """Losses by group of the floating path, [n, groups]."""
     lockstep = ev._executor.lockstep
-    with mock.patch.object(lockstep, "integer", None), torch.backends.mkldnn.flags(enabled=onednn):
+    with mock.patch.multiple(lockstep, integer=None, floating=None), torch.backends.mkldnn.flags(enabled=onednn):
         return -ev.by_group(rows)
 
 
@@ -56,16 +56,15 @@ def flips(ev: TorchEvaluator, row: NDArray[np.int8]) -> float:
     theirs: dict[str, list[Tensor]] = {}
     lockstep = ev._executor.lockstep
     assert lockstep is not None and lockstep.integer is not None
-    run_integer, run_layer = Lockstep._integer, executor.QuantizedLayer.by_row
+    run_fused, run_layer = Lockstep._fused, executor.QuantizedLayer.by_row
     quantize = executor.ops.coalition_fake_quantize
 
-    def integer(self: Lockstep, last: int, values: Any, codes: dict[int, Tensor]) -> Any:
+    def run(self: Lockstep, last: int, values: Any, codes: dict[int, Tensor]) -> Any:
         fused = lockstep.integer.fused[last]
-        layer = lockstep.layers[lockstep.graph.steps[fused.step].layer]
         if fused.step not in codes:
             self._quantize(fused.source, values[fused.source], codes)
-        ours.setdefault(layer.name, []).append(codes[fused.step][0].clone())
-        return run_integer(self, last, values, codes)
+        ours.setdefault(fused.layer.layer.name, []).append(codes[fused.step][0].clone())
+        return run_fused(self, last, values, codes)
 
     def by_row(self: Any, *arguments: Any) -> Tensor:
         def record(*given: Any, **named: Any) -> Tensor:
@@ -79,7 +78,7 @@ def flips(ev: TorchEvaluator, row: NDArray[np.int8]) -> float:
         with mock.patch.object(executor.ops, "coalition_fake_quantize", record):
             return run_layer(self, *arguments)
 
-    with mock.patch.object(Lockstep, "_integer", integer):
+    with mock.patch.object(Lockstep, "_fused", run):
         ev(row[None])
     with mock.patch.object(executor.QuantizedLayer, "by_row", by_row):
         floating(ev, row[None])
