@@ -26,6 +26,7 @@ WHERE = os.environ.get("SMPQ_TEST_DEVICE", "cpu")
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads() -> None:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.backends.cudnn.allow_tf32 = False  # the library's products at the accuracy of ours
 
 
 @pytest.fixture(autouse=True)

@@ -92,6 +92,17 @@ def test_an_error_of_one_rank_is_raised_by_all(tmp_path: Path) -> None:
         assert "cannot use" in rank["store"]
 
 
+@pytest.mark.slow
+def test_killed_ranks_cost_at_most_a_batch_each(alone: tuple, tmp_path: Path) -> None:
+    found = outcome(2, "search", tmp_path, "--max-restarts", "15", KILLS="1")
+    assert [f["plan"] for f in found] == 2 * [alone[0]["plan"]]
+    assert evaluations(tmp_path) == alone[1]
+    kills = found[0]["attempt"]
+    assert kills >= 5
+    logs = [[int(n) for n in (tmp_path / f"rows{r}").read_text().split()] for r in range(2)]
+    assert sum(map(sum, logs)) <= len(alone[1]) + kills * sum(map(max, logs))
+
+
 NET = """
 import torch
 

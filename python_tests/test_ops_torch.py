@@ -115,8 +115,8 @@ def test_layers_as_one_call_are_those_of_each_row(device: str) -> None:
         ours = ops._conv2d_together(x, w, bias, (2, 1), (1, 0), (1, 2), 2)
         loop = [torch.nn.functional.conv2d(r, k, bias, (2, 1), (1, 0), (1, 2), 2) for r, k in zip(x, w, strict=True)]
         torch.testing.assert_close(ours, torch.stack(loop))
-    x, w = random(4, 2, 3, 6), [random(8, 6) for _ in range(4)]
-    for bias in (b, None):
+    w = [random(8, 6) for _ in range(4)]
+    for x, bias in ((random(4, 2, 3, 6), b), (random(4, 5, 6), None), (random(4, 6), b)):
         loop = [torch.nn.functional.linear(r, k, bias) for r, k in zip(x, w, strict=True)]
         torch.testing.assert_close(ops._linear_together(x, w, bias), torch.stack(loop))
 

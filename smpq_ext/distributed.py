@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,10 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from smpq_ext.core import Assignments, Evaluator, Mixtures, SmpqError, Store, Values
 
 SMOOTHING = 0.5  # weight of the last batch in the speed of a rank
+PATIENCE = 0.05  # seconds between two attempts to reach rank 0
 
 
 def join(device: str) -> str:
@@ -31,7 +34,8 @@ def join(device: str) -> str:
         if cuda:
             device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if cuda else "gloo")
+        store, own, world = _store_of_this_attempt()
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=own, world_size=world)
     return device
 
 
@@ -154,6 +158,29 @@ class SharedStore:
         close = getattr(self._store, "close", None)
         if close is not None:
             close()
+
+
+def _store_of_this_attempt() -> tuple[dist.Store, int, int]:
+    """A store that rank 0 opens, rank and ranks.
+
+    That of torchrun stays through restarts (torch 2.13: its prefix for each attempt is gone), and in it the addresses
+    of processes that are dead, to which a rank that comes early would connect. Only rank 0's address is taken from it.
+    """
+    meeting, own, world = next(rendezvous("env://", timeout=dist.default_pg_timeout))
+    host, deadline = os.environ["MASTER_ADDR"], time.monotonic() + dist.default_pg_timeout.total_seconds()
+    if own == 0:
+        store = dist.TCPStore(host, 0, world, is_master=True, wait_for_workers=False)
+        meeting.set("smpq_ext", str(store.port))
+        return store, own, world
+    while True:
+        port = int(meeting.get("smpq_ext"))
+        try:
+            socket.create_connection((host, port)).close()
+            return dist.TCPStore(host, port, world, is_master=False), own, world
+        except OSError:  # the address of a rank 0 that is no more
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(PATIENCE)
 
 
 def shares(rows: int, rates: NDArray[np.float64]) -> list[int]:

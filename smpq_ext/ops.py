@@ -301,7 +301,8 @@ def _weights(x: Tensor, weight: Tensor, variant: Sequence[int]) -> list[Tensor]:
         raise RuntimeError(f"variant: an index is outside the {weight.shape[0]} variants of weight")
     if not variant:
         raise RuntimeError("x: no rows")
-    return [weight[v] for v in variant]
+    variants = weight.unbind(0)
+    return [variants[v] for v in variant]
 
 
 def _per_variant(
@@ -323,9 +324,9 @@ def _coalition_linear(x: Tensor, weight: Tensor, bias: Tensor | None, variant: S
 
 def _linear_together(x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
     """All rows as one batched product."""
-    rows, turned = x.flatten(1, -2), torch.stack(weights).mT
+    rows, turned = x.unsqueeze(1).flatten(1, -2), torch.stack(weights).mT
     out = torch.bmm(rows, turned) if bias is None else torch.baddbmm(bias, rows, turned)
-    return out.view(*x.shape[:-1], out.shape[-1])
+    return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 def _coalition_conv2d(

@@ -94,7 +94,9 @@ struct Tile<int16_t> {
   }
 };
 
-// A float is one of 11 bits and one of the next 11; the product of the latter is beyond float32.
+// A float is one of 11 bits and one of the next 11; the product of the latter is beyond float32. Tensor cores cut off
+// what they add: so three products at a time, and sums that round. Infinity gives NaN where it meets 0, as its second
+// half does.
 template <>
 struct Tile<float> {
   static constexpr int loads = 1, blocks = 4;
@@ -108,7 +110,8 @@ struct Tile<float> {
   static __device__ __forceinline__ uint32_t shortened(float value) {
     uint32_t word;
     memcpy(&word, &value, 4);
-    return (word + 0x1000u) & 0xffffe000u;
+    if ((word & 0x7fffffffu) < 0x7f7ff000u) word += 0x1000u;  // else to infinity, or from NaN to a number
+    return word & 0xffffe000u;
   }
   template <int n>
   static __device__ __forceinline__ void split(const uint32_t (&words)[n], uint32_t (&large)[n], uint32_t (&small)[n]) {
@@ -123,9 +126,12 @@ struct Tile<float> {
     uint32_t x_large[4], x_small[4], w_large[2], w_small[2];
     split(x[0], x_large, x_small);
     split(w[0], w_large, w_small);
-    multiply_floats(sum, x_small, w_large);
-    multiply_floats(sum, x_large, w_small);
-    multiply_floats(sum, x_large, w_large);
+    float part[4] = {};
+    multiply_floats(part, x_small, w_large);
+    multiply_floats(part, x_large, w_small);
+    multiply_floats(part, x_large, w_large);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) sum[k] += part[k];
   }
   __device__ __forceinline__ float total(int k) const { return sum[k]; }
 };

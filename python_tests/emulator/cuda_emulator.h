@@ -12,6 +12,7 @@
 
 #include <sys/mman.h>
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -399,7 +400,7 @@ void mma_m16n8k32(int32_t (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)
   mma(sum, a, b, add, file, line);
 }
 
-// Products of floats whose last 13 bits the hardware does not see.
+// Products of floats whose last 13 bits the hardware does not see; what is added is cut off, not rounded.
 inline void mma_m16n8k8_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SMPQ_EMULATOR_PLACE) {
   const auto seen = [](uint32_t word) {
     float value;
@@ -407,7 +408,12 @@ inline void mma_m16n8k8_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint
     memcpy(&value, &word, 4);
     return value;
   };
-  mma(sum, a, b, [&](float& to, uint32_t x, uint32_t w) { to += seen(x) * seen(w); }, file, line);
+  const auto add = [&](float& to, uint32_t x, uint32_t w) {
+    const double exact = to + static_cast<double>(seen(x)) * seen(w);
+    to = static_cast<float>(exact);
+    if (std::abs(static_cast<double>(to)) > std::abs(exact)) to = std::nextafter(to, 0.0f);
+  };
+  mma(sum, a, b, add, file, line);
 }
 
 }  // namespace cuda_emulator
