@@ -96,8 +96,6 @@ def neighbours(rows: Assignments, space: Space, budget: Budget, count: int, rng:
         for k in range(3):
             slot = rng.integers(len(highest), size=tries)
             new[np.arange(tries), slot] += step * (k < moves)
-    new = np.clip(new, np.int8(0), highest)
-    for group in budget.tied:
-        new[:, list(group)] = new[:, [group[0]]]
+    new = np.clip(new, np.int8(0), highest)[:, budget.leaders(len(highest))]
     new = np.unique(new[budget.feasible(new)], axis=0)
     return np.asarray(rng.permutation(new)[:count])

@@ -47,6 +47,12 @@ __device__ __forceinline__ void multiply_floats(float (&sum)[4], const uint32_t 
 #endif
 }
 
+__device__ __forceinline__ uint32_t word_of(float value) {
+  uint32_t word;
+  memcpy(&word, &value, 4);
+  return word;
+}
+
 // The products of 16 pixels and 8 channels that a warp adds up, `loads` times eight words in one step.
 template <class X>
 struct Tile;
@@ -108,8 +114,7 @@ struct Tile<float> {
     return value;
   }
   static __device__ __forceinline__ uint32_t shortened(float value) {
-    uint32_t word;
-    memcpy(&word, &value, 4);
+    uint32_t word = word_of(value);
     if ((word & 0x7fffffffu) < 0x7f7ff000u) word += 0x1000u;  // else to infinity, or from NaN to a number
     return word & 0xffffe000u;
   }
@@ -187,9 +192,7 @@ struct Walk {
 template <class X>
 __device__ __forceinline__ uint32_t padding_word(X padding) {
   if constexpr (std::is_same_v<X, float>) {
-    uint32_t word;
-    memcpy(&word, &padding, 4);
-    return word;
+    return word_of(padding);
   } else if constexpr (std::is_same_v<X, int16_t>) {
     return static_cast<uint16_t>(padding) * 0x00010001u;
   } else {
