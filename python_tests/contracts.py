@@ -320,9 +320,10 @@ class StoreContract:
 class FakeEvaluator:
     """An evaluator without a network: minus the summed damage of the mixtures, per group, plus pairs of slots."""
 
-    def __init__(self, space: Space, damage, pairs=None, groups=(0.25, 0.75), rows_per_batch=8):
+    def __init__(self, space: Space, damage, pairs=None, groups=(0.25, 0.75), rows_per_batch=8, factors=None):
         self.space = space
-        self.fingerprint = "fake"
+        self.factors = 1 + np.arange(len(groups)) - (np.arange(len(groups)) @ groups) if factors is None else factors
+        self.fingerprint = "fake" if factors is None else f"fake {factors}"
         self.slots = tuple(s.name for s in space.slots)
         self.groups = np.array(groups)
         self.rows_per_batch = rows_per_batch
@@ -339,7 +340,19 @@ class FakeEvaluator:
         total = picked.sum(axis=1)
         if self.pairs is not None:
             total = total + np.einsum("ni,ij,nj->n", picked, self.pairs, picked)
-        return -total[:, None] * (1 + np.arange(len(self.groups)) - (np.arange(len(self.groups)) @ self.groups))
+        return -total[:, None] * self.factors
+
+    def derivatives(self, mixtures):
+        damage = np.where(self.space.mask, self.damage, 0)
+        slope = np.ones(mixtures.shape[:2])
+        if self.pairs is not None:
+            slope = slope + (mixtures * damage).sum(axis=2) @ (self.pairs + self.pairs.T)
+        return -slope[:, :, None] * damage * (self.factors @ self.groups)
+
+    def parts(self):
+        if len(self.groups) == 1:
+            return (self,)
+        return tuple(FakeEvaluator(self.space, self.damage, self.pairs, (1.0,), 8, [f]) for f in self.factors)
 
     def __call__(self, mixtures):
         return self.by_group(mixtures) @ self.groups
@@ -376,6 +389,26 @@ class EvaluatorContract:
 
     def test_no_rows_have_no_values(self, evaluator):
         assert evaluator(self.rows(evaluator, 0)).shape == (0,)
+
+    def test_parts_are_the_groups(self, evaluator):
+        parts = evaluator.parts()
+        if len(parts) == 1:
+            assert parts == (evaluator,)
+            return
+        rows = self.rows(evaluator)
+        of_groups = evaluator.by_group(rows)
+        assert len(parts) == of_groups.shape[1]
+        for part, expected in zip(parts, of_groups.T, strict=True):
+            np.testing.assert_allclose(part(rows), expected, rtol=1e-5)
+        assert len({evaluator.fingerprint, *(part.fingerprint for part in parts)}) == len(parts) + 1
+
+    def test_derivatives_are_finite_numbers_for_what_exists(self, evaluator):
+        space = evaluator.space
+        mixtures = (space.mask / space.mask.sum(axis=1, keepdims=True)).astype(np.float32)[None].repeat(2, axis=0)
+        found = evaluator.derivatives(mixtures)
+        assert found.shape == mixtures.shape and found.dtype == np.float64
+        assert np.isfinite(found).all() and (found[:, ~space.mask] == 0).all()
+        np.testing.assert_array_equal(found[0], found[1])
 
 
 class GameContract:

@@ -7,6 +7,7 @@ from contracts import EstimatorContract, Polynomial, additive, third_order
 
 from smpq_ext import registry
 from smpq_ext.core import SmpqError
+from smpq_ext.estimators.control import aumann_shapley
 
 
 @pytest.fixture(scope="module", params=registry.names("estimators"))
@@ -157,6 +158,11 @@ class TestTruncated:
 
 
 class TestAuto:
+    def test_what_helps_is_taken(self):
+        found = last("auto", InParts(12), 100)
+        assert found.reason == "control: the game has derivatives and parts"
+        np.testing.assert_array_equal(found.values, last("control", InParts(12), 100).values)
+
     @pytest.mark.parametrize(("budget", "choice"), [(64, "exact"), (63, "odd"), (25, "gaussian")])
     def test_by_budget(self, budget, choice):
         assert last("auto", third_order(6), budget).reason.startswith(f"{choice}: ")
@@ -173,6 +179,168 @@ class TestAuto:
             same = last(found.reason.partition(":")[0], third_order(9), budget)
             np.testing.assert_array_equal(found.values, same.values)
             np.testing.assert_array_equal(found.standard_errors, same.standard_errors)
+
+
+class InParts:
+    """A game that is the mean of `count` others, which differ a little; it knows its derivatives on the diagonal."""
+
+    def __init__(self, players, count=4, seed=0, differ=0.3):
+        rng = np.random.default_rng(seed)
+        self.players = players
+        self._inside = (np.arange(2**players)[:, None] >> np.arange(players) & 1).astype(bool)
+        weights = rng.lognormal(-1, 0.7, players)
+        self._parts = [Arbitrary(players) for _ in range(count)]
+        for part in self._parts:
+            own = weights * rng.lognormal(0, differ, players)
+            part.table = -np.exp(-(self._inside @ own)) * rng.lognormal(0, 0.2)
+        self._asked = 0
+
+    @property
+    def spent(self):
+        return self._asked + round(np.mean([part.spent for part in self._parts]))
+
+    @property
+    def table(self):
+        return np.mean([part.table for part in self._parts], axis=0)
+
+    def __call__(self, coalitions):
+        self._asked += len(coalitions)
+        return self.table[coalitions @ (1 << np.arange(self.players))]
+
+    def parts(self):
+        return [(1 / len(self._parts), part) for part in self._parts]
+
+    def derivatives(self, points):
+        """Of the multilinear extension."""
+        self._asked += len(points)
+        found = []
+        for share in points:
+            chance = np.where(self._inside, share, 1 - share)
+            found.append(
+                [
+                    ((2 * self._inside[:, i] - 1) * np.delete(chance, i, axis=1).prod(axis=1)) @ self.table
+                    for i in range(self.players)
+                ]
+            )
+        return np.array(found)
+
+
+def truth(game):
+    values = Arbitrary(game.players)
+    values.table = game.table
+    return last("exact", values, 2**game.players).values
+
+
+def squared(found, exact):
+    return ((found.values - exact) ** 2).sum() / (exact**2).sum()
+
+
+class TestControl:
+    def test_it_is_odd_for_a_game_that_offers_nothing(self):
+        one, two = (
+            list(registry.find("estimators", n)().steps(third_order(9), 300, np.random.default_rng(0)))[-1]
+            for n in ("odd", "control")
+        )
+        np.testing.assert_allclose(one.values, two.values, atol=1.0)
+        assert one.evaluations == two.evaluations
+
+    def test_evaluations_are_kept_and_counted_with_parts_and_passes(self):
+        for budget in (20, 60, 200):
+            game = InParts(10)
+            for found in registry.find("estimators", "control")(batch=32).steps(game, budget, np.random.default_rng(0)):
+                assert found.evaluations == game.spent <= budget
+            assert found.evaluations >= budget - 1
+
+    def test_the_derivatives_of_a_game_are_its_aumann_shapley_values(self):
+        game = InParts(8)
+        exact = truth(game)
+        found = aumann_shapley(game.derivatives, 5)  # the multilinear extension has order 8, its derivative 7
+        np.testing.assert_allclose(found, exact, atol=1e-12)
+
+    def test_weights_that_are_the_values_leave_nothing_to_find(self):
+        game = additive(20)
+        found = last("control", game, 30, weights=game.shapley)
+        np.testing.assert_allclose(found.values, game.shapley, atol=0.005)
+
+    @pytest.mark.parametrize("weights", [np.zeros(9), np.full(9, np.nan)])
+    def test_weights_that_say_nothing_do_no_harm(self, weights):
+        found = last("control", third_order(9), 200, weights=weights)
+        np.testing.assert_array_equal(found.values, last("control", third_order(9), 200).values)
+
+    def test_once_everything_is_asked_of_every_part_it_is_exact(self):
+        game = InParts(6)
+        found = last("control", game, 10**6)
+        np.testing.assert_allclose(found.values, truth(game), atol=1e-9)
+        np.testing.assert_allclose(found.standard_errors, 0, atol=1e-9)
+        assert found.evaluations == 3 + 2**6
+
+    def test_parts_and_derivatives_are_worth_evaluations(self):
+        errors = {"odd": [], "control": []}
+        for seed in range(8):
+            game = InParts(12, seed=seed, differ=0.1)
+            exact = truth(game)
+            for name, found in errors.items():
+                found.append(squared(last(name, game, 60, seed), exact))
+        assert 4 * np.mean(errors["control"]) < np.mean(errors["odd"])
+
+    @pytest.mark.slow
+    def test_intervals_of_95_percent_cover_with_parts_and_passes(self):
+        covered = []
+        for seed in range(6):
+            game = InParts(11, seed=seed)
+            exact = truth(game)
+            for run in range(20):
+                for budget in (40, 80, 160):
+                    found = last("control", game, budget, run)
+                    covered += list(np.abs(found.values - exact) < 1.96 * found.standard_errors)
+        assert 0.90 < np.mean(covered) < 0.995
+
+
+class TestInteractions:
+    INDICES = {"shapley": "SII", "banzhaf": "BII", "faithful": "FSII"}
+
+    @pytest.mark.parametrize("index", INDICES)
+    def test_once_everything_is_asked_they_are_those_of_shapiq(self, index):
+        shapiq = pytest.importorskip("shapiq")
+        game = Arbitrary(7)
+        found = last("interactions", game, 10**6, index=index)
+        exact = shapiq.ExactComputer(lambda rows: game(np.atleast_2d(rows)), 7)(index=self.INDICES[index], order=2)
+        for i, j in itertools.combinations(range(7), 2):
+            assert found.pairs[i, j] == pytest.approx(exact[(i, j)], abs=1e-8)
+        np.testing.assert_allclose(found.pair_errors, 0, atol=1e-9)
+        np.testing.assert_allclose(found.values, last("exact", game, 2**7).values, atol=1e-9)
+
+    @pytest.mark.parametrize("index", INDICES)
+    def test_a_second_order_game_is_found_whole(self, index):
+        rng = np.random.default_rng(0)
+        terms = {pair: rng.normal() for pair in itertools.combinations(range(12), 2)}
+        found = last("interactions", Polynomial(12, terms), 400, index=index)
+        expected = np.zeros((12, 12))
+        for (i, j), weight in terms.items():
+            expected[i, j] = expected[j, i] = weight
+        np.testing.assert_allclose(found.pairs, expected, atol=1e-4)
+        assert (np.diag(found.pairs) == 0).all() and (np.diag(found.pair_errors) == 0).all()
+
+    def test_an_index_that_is_unknown_is_told_the_known_ones(self):
+        with pytest.raises(SmpqError, match="'owen' is not known; there are shapley, banzhaf, faithful"):
+            registry.find("estimators", "interactions")("owen")
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("index", INDICES)
+    def test_intervals_of_95_percent_cover(self, index):
+        players, covered, above = 10, [], np.triu_indices(10, 1)
+        inside = (np.arange(2**players)[:, None] >> np.arange(players) & 1).astype(bool)
+        for game_seed in range(4):
+            rng = np.random.default_rng(game_seed)
+            game = Arbitrary(players)
+            game.table = -np.exp(-(inside @ rng.lognormal(-1, 0.7, players))) + 0.02 * rng.normal(size=len(inside))
+            exact = last("interactions", game, 2**players, index=index).pairs
+            for seed in range(20):
+                for budget in (130, 200, 400):
+                    found = last("interactions", game, budget, seed, index=index)
+                    np.testing.assert_allclose(found.pairs, found.pairs.T, atol=1e-9)
+                    covered += list((np.abs(found.pairs - exact) < 1.96 * found.pair_errors)[above])
+        assert 0.90 < np.mean(covered) < 0.995
 
 
 @pytest.mark.slow

@@ -67,6 +67,33 @@ class TestInterval:
         (found,) = registry.find("estimators", "exact")().steps(game, 100, np.random.default_rng(0))
         np.testing.assert_allclose(found.values, [2.8, 1.9, 6.5])
 
+    def test_parts_are_games_whose_mean_it_is(self):
+        game = IntervalGame(FakeEvaluator(SPACE, DAMAGE, groups=(0.2, 0.3, 0.5)), SPACE.lowest(), SPACE.highest())
+        coalitions = all_coalitions(game.players)
+        parts = game.parts()
+        assert [share for share, _ in parts] == [0.2, 0.3, 0.5]
+        values = sum(share * part(coalitions) for share, part in parts)
+        assert game.spent == len(coalitions)  # every part counts for its share
+        np.testing.assert_allclose(values, game(coalitions), rtol=1e-12)
+        alone = IntervalGame(FakeEvaluator(SPACE, DAMAGE, groups=(1.0,)), SPACE.lowest(), SPACE.highest())
+        assert alone.parts() == ((1.0, alone),)
+
+    def test_derivatives_are_the_slopes_of_the_shares(self):
+        pairs = np.random.default_rng(0).normal(size=(4, 4))
+        evaluator = FakeEvaluator(SPACE, DAMAGE, pairs)
+        game = IntervalGame(evaluator, SPACE.lowest(), SPACE.highest())
+        low, high = evaluator.space.one_hot(np.stack([game.low, game.high])).astype(np.float64)
+        found = game.derivatives(np.array([0.25, 0.5]))
+        assert game.spent == 2 and found.shape == (2, game.players)
+        for share, slopes in zip((0.25, 0.5), found, strict=True):
+            for player, slot in enumerate(game.slots):
+                ends = []
+                for step in (-1e-4, 1e-4):
+                    mixture = low + share * (high - low)
+                    mixture[slot] += step * (high - low)[slot]
+                    ends.append(evaluator(mixture[None])[0])
+                assert (ends[1] - ends[0]) / 2e-4 == pytest.approx(slopes[player], rel=1e-5)
+
     def test_nothing_between_equal_assignments(self):
         with pytest.raises(SmpqError, match="same assignment"):
             IntervalGame(FakeEvaluator(SPACE, DAMAGE), SPACE.lowest(), SPACE.lowest())

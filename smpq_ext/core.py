@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral
 from pathlib import Path
@@ -179,6 +179,12 @@ class Evaluator(Protocol):
     def by_group(self, mixtures: Mixtures | Assignments) -> NDArray[np.float64]:
         """The same value for each group of calibration samples, [n, groups]; `by_group(m) @ groups` is the value."""
 
+    def derivatives(self, mixtures: Mixtures) -> NDArray[np.float64]:
+        """Of the value by the shares of mixtures [n, slots, candidates], as well as a backward pass tells them."""
+
+    def parts(self) -> Sequence[Evaluator]:
+        """One for each group of samples; itself alone where the value of a group depends on the other samples."""
+
 
 class Game(Protocol):
     """Coalitions in, values out; `spent` counts the coalitions asked, whether or not the answer was known."""
@@ -197,6 +203,8 @@ class Attribution:
     standard_errors: Values
     evaluations: int
     reason: str = ""  # which estimator was taken and why, where one chooses
+    pairs: Table | None = None  # what two players add together, [players, players], where it was asked for
+    pair_errors: Table | None = None  # its standard errors
 
 
 class Estimator(Protocol):

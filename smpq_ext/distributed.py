@@ -123,6 +123,19 @@ class SharedEvaluator:
         values = b"".join(piece.partition(b"\n")[2] for piece in pieces)
         return np.frombuffer(values, "<f8").astype(np.float64).reshape(len(mixtures), len(self.groups))
 
+    def derivatives(self, mixtures: Mixtures) -> NDArray[np.float64]:
+        """Of the value by the shares of mixtures [n, slots, candidates], as rank 0 finds them."""
+
+        def work() -> tuple[bytes, None]:
+            return self.evaluator.derivatives(mixtures).astype("<f8").tobytes(), None
+
+        return np.frombuffer(_by_first(work)[0], "<f8").astype(np.float64).reshape(mixtures.shape)
+
+    def parts(self) -> tuple[SharedEvaluator, ...]:
+        """One for each group of samples; itself alone where the value of a group depends on the other samples."""
+        parts = self.evaluator.parts()
+        return (self,) if len(parts) == 1 else tuple(SharedEvaluator(part) for part in parts)
+
 
 class SharedStore:
     """A store that rank 0 opens, reads and writes; the others are told what it knows. Its errors are raised on all."""

@@ -25,7 +25,22 @@ class IntervalGame:
         if not len(self.slots):
             raise SmpqError("interval game: low and high are the same assignment, there is nothing to attribute")
         self.players = len(self.slots)
-        self.spent = 0
+        self._spent = 0.0
+        self._parts: tuple[IntervalGame, ...] = ()  # other than itself, once they are wanted
+
+    @property
+    def spent(self) -> int:
+        """Coalitions asked; those of parts by their share of the samples."""
+        groups = self.evaluator.groups
+        return round(self._spent + sum(float(s) * part.spent for s, part in zip(groups, self._parts, strict=False)))
+
+    def parts(self) -> tuple[tuple[float, IntervalGame], ...]:
+        """Games on disjoint samples with their shares: the value is the mean of theirs; itself alone, if it cannot."""
+        if not self._parts and len(parts := self.evaluator.parts()) > 1:
+            self._parts = tuple(IntervalGame(part, self.low, self.high) for part in parts)
+        if not self._parts:
+            return ((1.0, self),)
+        return tuple(zip(self.evaluator.groups.tolist(), self._parts, strict=True))
 
     def assignments(self, coalitions: Coalitions) -> Assignments:
         """The assignments [n, slots] that the coalitions [n, players] stand for."""
@@ -34,10 +49,21 @@ class IntervalGame:
         rows[:, self.slots] = np.where(inside, self.high[self.slots], self.low[self.slots])
         return rows
 
+    def derivatives(self, points: Values) -> NDArray[np.float64]:
+        """Of the value by each player's share, where all have the share `points` [n] of `high`: [n, players].
+
+        Every point counts as an evaluation.
+        """
+        low, high = self.evaluator.space.one_hot(np.stack([self.low, self.high]))
+        shares = np.asarray(points, np.float32)[:, None, None]
+        found = self.evaluator.derivatives((1 - shares) * low + shares * high)
+        self._spent += len(points)
+        return np.asarray((found * (high - low)).sum(axis=2)[:, self.slots], np.float64)
+
     def __call__(self, coalitions: Coalitions) -> Values:
         """Values [n] of the coalitions [n, players]."""
         rows = self.assignments(coalitions)
-        self.spent += len(rows)
+        self._spent += len(rows)
         return np.asarray(self.evaluator(rows), np.float64)
 
 

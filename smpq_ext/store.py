@@ -109,8 +109,8 @@ class Recorded:
 
     An assignment is its own key, a mixture goes by its sha256, and a one-hot mixture by the assignment that it is: the
     two may differ by rounding, and the one asked first stands. `asked` counts the rows asked, `computed` those that the
-    inner evaluator had to answer. `progress(done, total)` is called after each batch with the rows computed and to be
-    computed in this request.
+    inner evaluator had to answer, those of parts by their share of the samples. `progress(done, total)` is called after
+    each batch with the rows computed and to be computed in this request.
 
     Raises SmpqError naming the row whose value is not finite (it is not stored, the others of its batch are).
     """
@@ -122,11 +122,20 @@ class Recorded:
         self.slots = evaluator.slots
         self.groups = evaluator.groups
         self.rows_per_batch = evaluator.rows_per_batch
-        self.asked = 0
-        self.computed = 0
+        self._asked = self._computed = 0.0
+        self._parts: tuple[Recorded, ...] = ()  # other than itself, once they are wanted
         self._store = store
         self._progress = progress
         self._known = store.read(self.fingerprint)
+
+    @property
+    def asked(self) -> int:
+        return round(self._asked + sum(float(s) * p.asked for s, p in zip(self.groups, self._parts, strict=False)))
+
+    @property
+    def computed(self) -> int:
+        of_parts = sum(float(s) * p.computed for s, p in zip(self.groups, self._parts, strict=False))
+        return round(self._computed + of_parts)
 
     def __call__(self, mixtures: Mixtures | Assignments) -> Values:
         """Mixtures [n, slots, candidates] or assignments [n, slots] to values [n]."""
@@ -137,7 +146,7 @@ class Recorded:
         """The same for each group of calibration samples, [n, groups]."""
         rows: Any = np.asarray(mixtures)
         keys = self._keys(rows)
-        self.asked += len(rows)
+        self._asked += len(rows)
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
         # Sorted, so that the rows of a batch share what comes before they part.
         unknown = sorted((i for key, i in first.items() if key not in self._known), key=lambda i: rows[i].tobytes())
@@ -145,7 +154,7 @@ class Recorded:
         for start in range(0, len(unknown), batch):
             wanted = unknown[start : start + batch]
             values = np.asarray(self.evaluator.by_group(rows[wanted]), np.float64)
-            self.computed += len(wanted)
+            self._computed += len(wanted)
             good = [bool(np.isfinite(v).all()) for v in values]
             fresh = {keys[i]: v.copy() for i, v, g in zip(wanted, values, good, strict=True) if g}
             self._store.append(self.fingerprint, fresh)
@@ -156,6 +165,25 @@ class Recorded:
             if self._progress is not None:
                 self._progress(start + len(wanted), len(unknown))
         return np.array([self._known[key] for key in keys]).reshape(len(rows), len(self.groups))
+
+    def derivatives(self, mixtures: Mixtures) -> NDArray[np.float64]:
+        """Of the value by the shares of mixtures [n, slots, candidates]; kept, too, and asked once."""
+        study = f"{self.fingerprint} derivatives"
+        keys = self._keys(mixtures)
+        known = self._store.read(study)
+        new = [k for k, key in enumerate(keys) if key not in known]
+        if new:
+            found = self.evaluator.derivatives(mixtures[new])
+            fresh = {keys[k]: row.ravel() for k, row in zip(new, found, strict=True)}
+            self._store.append(study, fresh)
+            known = known | fresh
+        return np.array([known[key] for key in keys]).reshape(mixtures.shape)
+
+    def parts(self) -> tuple[Recorded, ...]:
+        """One for each group of samples; itself alone where the value of a group depends on the other samples."""
+        if not self._parts and len(parts := self.evaluator.parts()) > 1:
+            self._parts = tuple(Recorded(part, self._store) for part in parts)
+        return self._parts or (self,)
 
     def _keys(self, rows: NDArray[Any]) -> list[bytes]:
         slots, width = len(self.space.slots), self.space.width_count

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import smpq_ext
 from smpq_ext import ops
 from smpq_ext.core import Assignments, Grid, Mixtures, SmpqError, Values, is_whole
-from smpq_ext.engine import grids, losses, samples, trials
+from smpq_ext.engine import gradients, grids, losses, samples, trials
 from smpq_ext.engine.capture import Graph, Uncapturable, capture
 from smpq_ext.engine.executor import MERGE, Executor
 from smpq_ext.engine.grids import Calibrate, Grids
@@ -129,7 +129,8 @@ class TorchEvaluator:
         }
         with quiet(self.device):
             graph = _captured(twin, layers, self.slot_grids, batches)
-        self._executor = Executor(twin, layers, self.space, self.slot_grids, once if self.renormalize else ())
+        self.norms = once if self.renormalize else ()  # names of the BatchNorms that are re-estimated
+        self._executor = Executor(twin, layers, self.space, self.slot_grids, self.norms)
         self._memory = memory
         self.peak_bytes = 0  # of the forwards so far, by what a few samples took
         with quiet(self.device):
@@ -173,6 +174,10 @@ class TorchEvaluator:
                             self._complain(loss, distinct[chunk], [int(np.argmax(index == r)) for r in chunk])
                         out[chunk] = -self._per_group(loss)
         return out[index]
+
+    def derivatives(self, mixtures: Mixtures) -> NDArray[np.float64]:
+        """Of the value by the shares of mixtures [n, slots, candidates], straight-through, on a few of the samples."""
+        return gradients.derivatives(self, self._rows(mixtures))
 
     def statistics(self, assignment: Assignments) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
         """Mean and biased variance of every re-estimated BatchNorm at an assignment [slots]."""
@@ -225,12 +230,22 @@ class TorchEvaluator:
         held[rng.permutation(total)[:apart]] = True
         return self._subset(~held), self._subset(held)
 
-    def _subset(self, kept: NDArray[np.bool_]) -> TorchEvaluator:
+    def parts(self) -> tuple[TorchEvaluator, ...]:
+        """One for each group of samples; itself alone where the value of a group depends on the other samples."""
+        if self.renormalize or not self._folds or len(self.groups) == 1:
+            return (self,)
+        edges = np.cumsum([0, *(b.size for b in self.batches)])
+        group = np.zeros(edges[-1], np.int64)
+        for part in self._parts:
+            group[edges[part.batch] + part.start : edges[part.batch] + part.stop] = part.group
+        return tuple(self._subset(group == k, measure=False) for k in range(len(self.groups)))
+
+    def _subset(self, kept: NDArray[np.bool_], measure: bool = True) -> TorchEvaluator:
         edges = np.cumsum([0, *(b.size for b in self.batches)])
         index = [torch.from_numpy(np.flatnonzero(kept[i:j])) for i, j in itertools.pairwise(edges)]
         other = copy.copy(self)
         other.peak_bytes = 0
-        other._bind(tuple(b.take(k) for b, k in zip(self.batches, index, strict=True) if len(k)))
+        other._bind(tuple(b.take(k) for b, k in zip(self.batches, index, strict=True) if len(k)), measure)
         return other
 
     def against_float(self, loss: losses.Loss) -> TorchEvaluator:
@@ -245,7 +260,8 @@ class TorchEvaluator:
 
     # The samples: parts, groups, chunks, fingerprint.
 
-    def _bind(self, batches: tuple[Batch, ...]) -> None:
+    def _bind(self, batches: tuple[Batch, ...], measure: bool = True) -> None:
+        """Take these samples; where memory and loss need no measuring, they are some of those that it had."""
         self.batches = batches
         self._parts, self.groups = samples.parts(batches, functools.partial(losses.weight, self.loss_fn))
         self._run_batches = batches
@@ -258,6 +274,8 @@ class TorchEvaluator:
             )
         data = samples.digest([(b.inputs, None if self.loss_fn is losses.kl else b.targets, b.size) for b in batches])
         self.fingerprint = hashlib.sha256(f"{self._identity}{data}{self.renormalize}".encode()).hexdigest()
+        if not measure:
+            return
         with quiet(self.device):
             self._chunks()
             loss = self._losses()

@@ -1,4 +1,4 @@
-"""Gradient scores of the float model, for the methods that need no coalition."""
+"""Gradients: scores of the float model, for the methods that need no coalition, and derivatives by mixtures."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from smpq_ext import ops
-from smpq_ext.core import Grid
+from smpq_ext.core import Grid, Mixtures
 from smpq_ext.engine import losses
 from smpq_ext.engine.layers import duplicate
 from smpq_ext.engine.samples import call
+from smpq_ext.engine.supernet import Supernet
 
 if TYPE_CHECKING:
     from smpq_ext.engine.evaluator import TorchEvaluator
 
 STEP = 32  # samples whose gradients are taken together
+FEW = 64  # samples that derivatives by mixtures are taken of: what they are for is not better with more
 
 Differentiate = Callable[[Tensor, list[Tensor]], list[Tensor]]  # loss, tensors -> one tensor for each
 
@@ -75,6 +77,32 @@ def hessian_scores(engine: TorchEvaluator, probes: int, seed: int) -> NDArray[np
         for slot, score in _contract(engine, kinds):
             scores[slot] += 0.5 * score * size / samples
     return scores
+
+
+def derivatives(engine: TorchEvaluator, mixtures: Mixtures) -> NDArray[np.float64]:
+    """Of the value, by the shares of mixtures [n, slots, candidates], straight-through; on up to FEW samples.
+
+    0 where the loss has no gradient, as an accuracy.
+    """
+    net = Supernet(engine)
+    for tensor in (*net.model.parameters(), *net.steps):
+        tensor.requires_grad_(False)
+    for name in engine.norms:  # batch statistics
+        net.model.get_submodule(name).train()
+    total = sum(batch.size for batch in engine.batches)
+    parts = [batch.take(torch.arange(0, batch.size, -(-total // FEW))) for batch in engine.batches]
+    shares = [losses.weight(engine.loss_fn, part.targets, part.size) for part in parts]
+    found = np.zeros(mixtures.shape)
+    for k, mixture in enumerate(mixtures):
+        for part, share in zip(parts, shares, strict=True):
+            leaf = torch.tensor(mixture, dtype=torch.float32, device=engine.device, requires_grad=True)
+            with torch.enable_grad():
+                loss = engine.loss_fn(net(part.inputs, leaf), part.targets)
+                if loss.requires_grad and share:
+                    loss.backward()
+                    assert leaf.grad is not None
+                    found[k] -= leaf.grad.cpu().double().numpy() * share / sum(shares)
+    return found
 
 
 def _label_loss(engine: TorchEvaluator, output: Any, target: Any, generator: torch.Generator) -> Tensor:

@@ -38,10 +38,9 @@ class Supernet:
             weight, activation = (engine.slot_grids.get(f"{name}.{kind}") for kind in ("weight", "activation"))
             _Mixed(self, module, weight, activation, slots.get(f"{name}.weight"), slots.get(f"{name}.activation"))
 
-    def __call__(self, inputs: Any, mixture: NDArray[np.float32]) -> Any:
+    def __call__(self, inputs: Any, mixture: NDArray[np.float32] | Tensor) -> Any:
         """Outputs of the network whose slots are mixed by mixture [slots, candidates]."""
-        device = next(self.model.parameters()).device
-        self.mixture = torch.from_numpy(np.ascontiguousarray(mixture, np.float32)).to(device)
+        self.mixture = torch.as_tensor(mixture, dtype=torch.float32, device=self.engine.device)
         return call(self.model, inputs)
 
     def train(

@@ -9,6 +9,7 @@ import numpy as np
 
 from smpq_ext.core import Attribution, Game
 from smpq_ext.estimators import leverage, odd
+from smpq_ext.estimators.control import Control
 from smpq_ext.estimators.exact import MOST_PLAYERS, Exact
 from smpq_ext.estimators.gaussian import Gaussian
 from smpq_ext.estimators.leverage import ask_pairs, jackknife
@@ -20,14 +21,14 @@ CLEAR = 0.95  # of what 'leverage' misses: where 'odd' misses less
 
 @dataclass(frozen=True)
 class Auto:
-    """All coalitions where the budget pays for them; below 4 x players + 2 evaluations 'gaussian'; else pairs.
+    """All coalitions where the budget pays for them; 'control' where the game has parts or derivatives; else pairs.
 
-    On the same pairs the regressions 'leverage' and 'odd' are fitted, and the second is taken where it predicts pairs
-    that it has not seen better by a twentieth; where the game is noise beyond single players it does not, and the first
-    has no bias. `reason` of an attribution says which, and by how much. `batch` is about how many coalitions are asked
-    at once.
+    Below 4 x players + 2 evaluations these are those of 'gaussian'. From there on the regressions 'leverage' and 'odd'
+    are fitted to the same pairs, and the second is taken where it predicts pairs that it has not seen better by a
+    twentieth; where the game is noise beyond single players it does not, and the first has no bias. `reason` of an
+    attribution says which, and why. `batch` is about how many coalitions are asked at once.
 
-    Raises SmpqError where the budget is too small for 'gaussian'. Source: those of the estimators that it takes.
+    Raises SmpqError where the budget is too small for what it takes. Source: those of the estimators that it takes.
     """
 
     batch: int = 256
@@ -39,6 +40,11 @@ class Auto:
             for step in Exact().steps(game, budget, rng):
                 yield replace(step, reason=f"exact: {budget} evaluations pay for all {2**players} coalitions")
             return
+        helps = [name for name in ("derivatives", "parts") if hasattr(game, name)]
+        if helps:
+            for found in Control(batch=self.batch).steps(game, budget, rng):
+                yield replace(found, reason=f"control: the game has {' and '.join(helps)}")
+            return
         if budget < 4 * players + 2:
             for found in Gaussian(self.batch).steps(game, budget, rng):
                 yield replace(
@@ -46,12 +52,12 @@ class Auto:
                 )
             return
         for drawn in ask_pairs("pairs", game, budget, 2 * players, self.batch, rng):
-            fits = {"leverage": leverage.fit(drawn), "odd": odd.fit(drawn)}
+            fits = {"leverage": leverage.fit(drawn), "odd": odd.fit([drawn])}
             power = float(np.mean(drawn.gaps**2)) or 1.0
             missed = {name: float(np.mean(found.left_out**2)) / power for name, found in fits.items()}
             missed = {name: np.inf if np.isnan(share) else share for name, share in missed.items()}
             first, second = ("odd", "leverage") if missed["odd"] < CLEAR * missed["leverage"] else ("leverage", "odd")
             best = fits[first]
             reason = f"{first}: of pairs left out it misses {missed[first]:.2%}, {second} {missed[second]:.2%}"
-            errors = jackknife(drawn, best.solve, best.left_out)
+            errors = jackknife(best)
             yield Attribution(best.values, errors, drawn.evaluations, reason)

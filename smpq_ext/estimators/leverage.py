@@ -34,7 +34,7 @@ class Leverage:
         least = 2 * game.players
         for drawn in ask_pairs("leverage regression", game, budget, least, self.batch, rng):
             found = fit(drawn)
-            yield Attribution(found.values, jackknife(drawn, found.solve, found.left_out), drawn.evaluations)
+            yield Attribution(found.values, jackknife(found), drawn.evaluations)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class Drawn:
 
     coalitions: Coalitions  # [pairs, players], the smaller of each pair
     gaps: Values  # [pairs], v(coalition) - v(complement)
+    sums: Values  # [pairs], v(coalition) + v(complement)
     total: float  # v(all) - v(none)
+    ends: float  # v(all) + v(none)
     population: list[int]
 
     @property
@@ -72,23 +74,26 @@ def ask_pairs(
     batch: int,
     rng: np.random.Generator,
     order: Callable[[int, list[int], np.random.Generator], Iterator[NDArray[np.bool_]]] | None = None,
+    besides: int = 0,
 ) -> Iterator[Drawn]:
     """All pairs so far, after every batch of them: at least `least`, or all there are.
 
-    order: what yields the smaller coalition of each pair, `draw_pairs` by default.
+    order: what yields the smaller coalition of each pair, `draw_pairs` by default; besides: evaluations of the budget
+    that are for something else.
 
     Raises SmpqError, naming the estimator, where the budget does not pay for these.
     """
     players = game.players
     whole = population(players)
     least = min(sum(whole), least)
-    if budget < 2 + 2 * least:
-        raise SmpqError(f"evaluations: {budget} are too few for {name} of {players} players; it needs {2 + 2 * least}")
-    pairs = min((budget - 2) // 2, sum(whole))
+    needed = besides + 2 + 2 * least
+    if budget < needed:
+        raise SmpqError(f"evaluations: {budget} are too few for {name} of {players} players; it needs {needed}")
+    pairs = min((budget - besides - 2) // 2, sum(whole))
     empty, full = game(np.repeat([[False], [True]], players, axis=1))
     draw = (order or draw_pairs)(players, whole, rng)
     coalitions = np.empty((0, players), np.bool_)
-    gaps = np.empty(0)
+    gaps, sums = np.empty(0), np.empty(0)
     while True:
         count = min(max(batch // 2, least if not len(gaps) else 1), pairs - len(gaps))
         if count:
@@ -96,7 +101,8 @@ def ask_pairs(
             values = game(np.concatenate([rows, ~rows]))
             coalitions = np.concatenate([coalitions, rows])
             gaps = np.concatenate([gaps, values[:count] - values[count:]])
-        yield Drawn(coalitions, gaps, float(full - empty), whole)
+            sums = np.concatenate([sums, values[:count] + values[count:]])
+        yield Drawn(coalitions, gaps, sums, float(full - empty), float(full + empty), whole)
         if len(gaps) == pairs:
             return
 
@@ -138,6 +144,7 @@ class Fit:
     residuals: Values  # [pairs], of the gaps
     left_out: Values  # [pairs], the same by the fit without the pair; NaN where without it there is none
     solve: NDArray[np.float64]  # [players, pairs], what a gap moves the values by
+    seen: Values  # [pairs], which share of the pairs of its size is drawn
 
 
 def fit(drawn: Drawn) -> Fit:
@@ -159,16 +166,21 @@ def fit(drawn: Drawn) -> Fit:
     free = 1 - np.einsum("pi,ip->p", signs, solve)
     unique = good.sum() == players - 1
     left_out = np.where(unique & (free > 1e-9), residuals / np.maximum(free, 1e-9), np.nan)
-    return Fit(drawn.total / players + offsets, residuals, left_out, solve)
+    return Fit(drawn.total / players + offsets, residuals, left_out, solve, drawn.seen)
 
 
-def jackknife(drawn: Drawn, solve: NDArray[np.float64], left_out: Values) -> Values:
+def jackknife(found: Fit) -> Values:
     """Delete-one-pair standard errors [players], with the finite population correction of each size.
 
     Infinite where, without one of the pairs, there would be no answer.
     """
-    partly = drawn.seen < 1
+    return errors(found.solve, found.left_out, found.seen)
+
+
+def errors(solve: NDArray[np.float64], left_out: Values, seen: Values) -> Values:
+    """The same for what else is linear in the gaps, or sums: `solve` [results, pairs] times these."""
+    partly = seen < 1
     if np.isnan(left_out[partly]).any():
         return np.full(len(solve), np.inf)
     moved = solve[:, partly] * left_out[partly]
-    return np.asarray(np.sqrt((moved**2 * (1 - drawn.seen[partly])).sum(axis=1)), np.float64)
+    return np.asarray(np.sqrt((moved**2 * (1 - seen[partly])).sum(axis=1)), np.float64)

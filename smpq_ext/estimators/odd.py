@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -19,6 +19,8 @@ __all__ = ["Odd"]
 
 SHARES = (0.0, 0.03, 0.1, 0.3, 0.6, 0.9)  # of the prior variance that triples have
 NOISES = (1e-10, 1e-7, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # variance of what is neither, in units of the prior's
+APART = (0.0, 0.03, 0.1, 0.3, 1.0)  # prior variance of what one part of the samples has to itself, in the same units
+LEVEL = 100.0  # prior variance of a surrogate, in the same units: its coefficient is free
 CHOOSE = 600  # so many pairs tell which of them it is
 END = 1e-4  # noise of the pair of all and none, in units of the others': its gap is the sum of the values
 
@@ -44,46 +46,90 @@ class Odd:
     def steps(self, game: Game, budget: int, rng: np.random.Generator) -> Iterator[Attribution]:
         """An attribution after every batch of pairs; arrays [players]."""
         for drawn in ask_pairs("odd regression", game, budget, game.players, self.batch, rng):
-            found = fit(drawn)
-            yield Attribution(found.values, jackknife(drawn, found.solve, found.left_out), drawn.evaluations)
+            found = fit([drawn])
+            yield Attribution(found.values, jackknife(found), drawn.evaluations)
 
 
-def fit(drawn: Drawn) -> Fit:
-    """The regression of the gaps, and of the gap of all and none, which is nearly exact."""
-    players = drawn.coalitions.shape[1]
-    signs = np.concatenate([drawn.signs, np.ones((1, players))])
-    gaps = np.append(drawn.gaps, drawn.total)
-    inner = signs @ signs.T
-    some = np.append(np.arange(min(CHOOSE, len(gaps) - 1)), len(gaps) - 1)
-    few, best = np.ix_(some, some), (-np.inf, 0.0, 0.0)
-    for share, noise in product(SHARES if players > 2 else SHARES[:1], NOISES):
-        best = max(best, (likelihood(_kernel(inner[few], players, share, noise), gaps[some]), share, noise))
-    _, share, noise = best
+def fit(parts: Sequence[Drawn], shares: Sequence[float] = (1.0,), surrogate: Values | None = None) -> Fit:
+    """The regression of the gaps, and of those of all and none, which are nearly exact; all parts have as many pairs.
 
-    factor = cholesky(_kernel(inner, players, share, noise), lower=True)
+    parts: pairs that were asked on disjoint parts of the samples, the game being the mean of theirs with these shares;
+    surrogate: weights [players] of an additive game that resembles it, which is a regressor, and so is its cube.
+    """
+    players, count = parts[0].coalitions.shape[1], len(parts[0].gaps)
+    signs = np.concatenate([*(drawn.signs for drawn in parts), np.ones((len(parts), players))])
+    gaps = np.concatenate([*(drawn.gaps for drawn in parts), [drawn.total for drawn in parts]])
+    seen = np.concatenate([drawn.seen for drawn in parts])
+    jitter = np.append(np.ones(len(seen)), np.full(len(parts), END))
+    part = np.append(np.repeat(np.arange(len(parts)), count), np.arange(len(parts)))
+    games, of_players = _surrogates(signs, surrogate)
+    inner, alike, same = signs @ signs.T, games @ games.T, part[:, None] == part
+
+    def prior(rows: NDArray[np.int64], share: float, noise: float, apart: float) -> NDArray[np.float64]:
+        some = np.ix_(rows, rows)
+        own = _parities(inner[some], players, share)
+        return np.asarray(
+            own + LEVEL * alike[some] + apart * same[some] * (own + alike[some]) + np.diag(noise * jitter[rows])
+        )
+
+    every = np.arange(len(gaps))
+    few = every[(every >= len(seen)) | (every % max(count, 1) < CHOOSE // len(parts))]
+    best = (-np.inf, 0.0, 0.0, APART[2] if len(parts) > 1 else 0.0)
+    for choice in product(SHARES if players > 2 else SHARES[:1], NOISES, best[3:]):
+        best = max(best, (likelihood(prior(few, *choice), gaps[few]), *choice))
+    for apart in APART if len(parts) > 1 else ():
+        best = max(best, (likelihood(prior(few, *best[1:3], apart), gaps[few]), *best[1:3], apart))
+    _, share, noise, apart = best
+
+    factor = cholesky(prior(every, share, noise, apart), lower=True)
     inverse = cho_solve((factor, True), np.eye(len(gaps)))
     dual = cho_solve((factor, True), gaps)
-    # Each parity's coefficient is (signs' products) @ dual; one of three players gives each of them a third.
-    owner = (1 - share) / players * signs
+    own, known = _owners(signs, share), games @ of_players.T
+    owner = own + LEVEL * known + apart * np.asarray(shares)[part][:, None] * (own + known)
+    values, residuals = owner.T @ dual, (noise * jitter * dual)[: len(seen)]
+    for k, drawn in enumerate(parts):
+        rest = np.where(drawn.seen < 1, 0, residuals[k * count : (k + 1) * count])
+        values += shares[k] * missed_by(drawn, rest, np.zeros(count))[0]
+    total = float(np.dot(shares, [drawn.total for drawn in parts]))
+    return Fit(
+        values=values + (total - values.sum()) / players,
+        residuals=residuals,
+        left_out=(dual / np.diag(inverse))[: len(seen)],
+        solve=(owner.T @ inverse)[:, : len(seen)],
+        seen=seen,
+    )
+
+
+def _surrogates(signs: NDArray[np.float64], weights: Values | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Gaps [rows, games] and Shapley values [players, games] of the additive game and of its cube, of size 1."""
+    if weights is None or not (np.isfinite(weights).all() and weights.any()):
+        return np.zeros((len(signs), 0)), np.zeros((signs.shape[1], 0))
+    weights = weights / np.abs(weights).max()
+    gaps = signs @ weights
+    # the cube of sum(w s) is the sum of w_i (3 q - 2 w_i^2) s_i, where q = sum(w^2), and of the triples' parities
+    cubes = weights * (2 * (weights**2).sum() - weights**2 + (weights.sum() - weights) ** 2)
+    games, values = np.stack([gaps, gaps**3], axis=1), np.stack([weights, cubes], axis=1)
+    size = np.sqrt((games**2).mean(axis=0)) + 1e-300
+    return games / size, values / size
+
+
+def _parities(inner: NDArray[np.float64], players: int, share: float) -> NDArray[np.float64]:
+    """Covariance of gaps from the inner products of their signs."""
+    kernel: NDArray[np.float64] = (1 - share) / players * inner
+    if share:
+        kernel += share / _triples(float(players), players) * _triples(inner, players)
+    return kernel
+
+
+def _owners(signs: NDArray[np.float64], share: float) -> NDArray[np.float64]:
+    """Covariance of gaps with Shapley values, [rows, players]: a parity of three players gives each of them a third."""
+    players = signs.shape[1]
+    owner: NDArray[np.float64] = (1 - share) / players * signs
     if share:
         others = signs.sum(axis=1, keepdims=True) - signs
         pairs = (others**2 - (players - 1)) / 2  # sum of the products of two others
-        owner = owner + share / _triples(float(players), players) / 3 * signs * pairs
-    values = owner.T @ dual
-    solve = (owner.T @ inverse)[:, :-1]
-    residuals = (noise * dual)[:-1]
-    values += missed_by(drawn, np.where(drawn.seen < 1, 0, residuals), np.zeros(len(residuals)))[0]
-    left_out = (dual / np.diag(inverse))[:-1]
-    return Fit(values + (drawn.total - values.sum()) / players, residuals, left_out, solve)
-
-
-def _kernel(inner: NDArray[np.float64], players: int, share: float, noise: float) -> NDArray[np.float64]:
-    """Covariance of gaps from the inner products of their signs, the last row being that of all against none."""
-    kernel = (1 - share) / players * inner
-    if share:
-        kernel = kernel + share / _triples(float(players), players) * _triples(inner, players)
-    kernel[np.diag_indices(len(kernel))] += np.append(np.full(len(kernel) - 1, noise), noise * END)
-    return kernel
+        owner += share / _triples(float(players), players) / 3 * signs * pairs
+    return owner
 
 
 def _triples(inner: Any, players: int) -> Any:

@@ -1,0 +1,65 @@
+"""Shapley values with surrogates as control variates, each coalition on a part of the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smpq_ext.core import Attribution, Game, Values
+from smpq_ext.estimators import odd
+from smpq_ext.estimators.leverage import ask_pairs, jackknife
+
+__all__ = ["Control"]
+
+
+@dataclass(frozen=True)
+class Control:
+    """Exact Shapley values of surrogates, scaled as the evaluations want it, plus 'odd' for what these miss.
+
+    Surrogates: `points` backward passes, at Gauss-Legendre points of the line from the empty to the full coalition,
+    tell how the value changes with the share of every player. Their mean, the Aumann-Shapley values, makes an additive
+    game; its cube stands for a network that saturates. Both are regressors of v(S) - v(complement), where second-order
+    surrogates cancel, beside the ridge of 'odd'. `weights` [players], where given, stand for the passes.
+
+    Parts: where the value is a mean over groups of samples, every pair is asked on one group only, so that the same
+    work sees many more coalitions; what a group has to itself is as large as is likeliest. Each group counts for its
+    share of an evaluation, a backward pass for one.
+
+    A game tells these by `derivatives(points) -> [points, players]` and `parts() -> ((share, game), ...)`; without
+    weights and both it is 'odd'. Standard errors are delete-one jackknife errors over the pairs. `batch` is about how
+    many coalitions are asked at once.
+
+    Raises SmpqError where the budget pays for fewer than players / 2 pairs (or all, if there are fewer). Source: Aumann
+    and Shapley, Values of non-atomic games (1974); Shoemaker, Principles and procedures of multiple matrix sampling
+    (1973); Swersky, Snoek, Adams, Multi-task Bayesian optimization (NIPS 2013), whose tasks are the groups here.
+    """
+
+    points: int = 3
+    weights: Values | None = None
+    batch: int = 256
+
+    def steps(self, game: Game, budget: int, rng: np.random.Generator) -> Iterator[Attribution]:
+        """An attribution after every batch of pairs; arrays [players]."""
+        ask = None if self.weights is not None else getattr(game, "derivatives", None)
+        passes, weights = 0 if ask is None else self.points, self.weights
+        shares, parts = zip(*getattr(game, "parts", lambda: [(1.0, game)])(), strict=True)
+        least = -(-(game.players // 2 + 1) // len(parts))
+        batch = max(self.batch // len(parts), 2)
+        pairs = [
+            ask_pairs("control variates", part, budget, least, batch, stream, besides=passes)
+            for part, stream in zip(parts, rng.spawn(len(parts)), strict=True)
+        ]
+        for drawn in zip(*pairs, strict=True):
+            if ask is not None and weights is None:
+                weights = aumann_shapley(ask, self.points)
+            found = odd.fit(drawn, shares, weights)
+            yield Attribution(found.values, jackknife(found), passes + drawn[0].evaluations)
+
+
+def aumann_shapley(derivatives: Callable[[Values], NDArray[np.float64]], points: int) -> Values:
+    """The mean derivative on the line from the empty to the full coalition, [players]."""
+    places, shares = np.polynomial.legendre.leggauss(points)
+    return np.asarray(shares / 2 @ derivatives((places + 1) / 2), np.float64)
