@@ -333,6 +333,20 @@ def start(room, *arguments, **environment):
     )
 
 
+def test_settings_of_the_method_are_given_by_name(smpq, room):
+    line = search(budget="weight-bits=4,activation-bits=4", method="shapley", out="settings", evaluations=120)
+    assert smpq(*line, "--set", "interactions=true", "--set", "finalists=3")[0] == 0
+    assert Result.load(room / "settings").attribution.pairs is not None
+    for wrong, said in {
+        "interactions": "set: name=value",
+        "seed=3": "set: 'seed' is an option of its own, --seed",
+        "depth=3": "settings: the method 'shapley' has no 'depth'",
+        "stop=soon": "stop: 'intervals' or 'plan'",
+    }.items():
+        code, _, err = smpq(*line, "--set", wrong)
+        assert code == 2 and said in err
+
+
 def test_a_search_that_is_cut_off_goes_on(room, smpq):
     whole = search("cli_nets.py:held", bits="2,3,4,5,6,8", out="uncut")
     assert smpq(*whole)[0] == 0

@@ -166,14 +166,18 @@ class _Additive:
         return self.by_group(rows) @ self.groups
 
 
-def test_shapley_spends_nothing_where_scores_add_up_and_wins_where_they_do_not(net: Net) -> None:
+SETTINGS = ({}, {"interactions": True}, {"estimator": "odd"}, {"stop": "plan"}, {"stop": "intervals"})
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_shapley_spends_nothing_where_scores_add_up_and_wins_where_they_do_not(net: Net, settings: dict) -> None:
     space = problem(net, Single()).space
     budget = parse("weight-bits=4,activation-bits=4", space)
     found = {}
     for interaction in (0.0, 20.0):
         search, apart = _Additive(space, interaction, 1.0), _Additive(space, interaction, 1.3)
         given = Problem(space, budget, search, apart, None, 600, 0)
-        answer = Shapley().allocate(given)
+        answer = Shapley(**settings).allocate(given)
         plain = Milp()(answer.scores, budget)
         found[interaction] = (
             answer,
@@ -186,6 +190,22 @@ def test_shapley_spends_nothing_where_scores_add_up_and_wins_where_they_do_not(n
     answer, plain, chosen, asked = found[20.0]
     assert "confirmed" in answer.finding and chosen > plain and asked <= 610
     assert (answer.attribution.standard_errors >= 0).all()
+    pairs = answer.attribution.pairs
+    assert (pairs is not None) == bool(settings.get("interactions"))
+    if pairs is not None:
+        assert pairs.shape == (len(space.slots),) * 2
+        np.testing.assert_allclose(pairs, pairs.T, atol=1e-9)
+
+
+def test_settings_of_a_method_are_checked(net: Net) -> None:
+    given = {"bits": BITS, "budget": "weight-bits=3"}
+    with pytest.raises(SmpqError, match=r"^settings: the method 'shapley' has no 'interaction'; there are estimator, "):
+        smpq_ext.search(net, [samples(64, 1)], **given, interaction=True)
+    with pytest.raises(SmpqError, match=r"^settings: the method 'uniform' has no 'seeds'; there are none"):
+        smpq_ext.search(net, [samples(64, 1)], **given, method="uniform", seeds=3)
+    for wrong in ({"stop": "soon"}, {"interactions": 2}, {"estimator": "best"}):
+        with pytest.raises(SmpqError, match=f"^{next(iter(wrong))}: "):
+            smpq_ext.search(net, [samples(64, 1)], **given, **wrong)
 
 
 def test_a_method_of_the_users_own(net: Net) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
@@ -61,6 +62,10 @@ def search(
         str | None, typer.Option(help="Widths for activations; 'none' for weights only.", show_default="as --bits")
     ] = None,
     method: Annotated[str, typer.Option(help="One of those that `smpq list` shows.")] = "shapley",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of the method, such as interactions=true; may be repeated."),
+    ] = None,
     evaluations: Annotated[
         int | None, typer.Option(help="At most so many passes over the data.", show_default="30 for each slot")
     ] = None,
@@ -117,6 +122,10 @@ def search(
         "renormalize": "auto" if renormalize is Switch.AUTO else renormalize is Switch.ON,
         "fixed": None if fixed is None else _fixed(fixed),
     }
+    for name, value in _settings(set_ or []).items():
+        if name in options:
+            raise SmpqError(f"set: {name!r} is an option of its own, --{name.replace('_', '-')}")
+        options[name] = value
     pixels = (_numbers("mean", mean), _numbers("std", std))
     bar: _Bar | None = None
     kept: Any = None
@@ -340,6 +349,19 @@ def _fixed(entries: list[str]) -> dict[str, int | str]:
                 f"fixed: layer=width or slot=width, such as conv1=8, fc.weight=float, or none, not {entry!r}"
             )
         found[name] = int(width) if width.isdecimal() else width
+    return found
+
+
+def _settings(entries: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for entry in entries:
+        name, equals, value = entry.partition("=")
+        if not equals or not name.isidentifier():
+            raise SmpqError(f"set: name=value, such as interactions=true, not {entry!r}")
+        try:
+            found[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            found[name] = value
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import platform
@@ -52,6 +53,7 @@ def search(
     store: str | os.PathLike[str] | Store | None = None,
     fixed: Mapping[str, int | str] | None = None,
     progress: bool | Progress = False,
+    **settings: Any,
 ) -> Result:
     """Find the widths that keep the loss of `model` lowest within `budget`, and verify them.
 
@@ -62,7 +64,8 @@ def search(
     place of it, as many as these pay for, measured once before the search and kept in the store; store: a file that
     keeps every evaluation, so that running again is resuming; fixed: slot or layer to width or "float" (default: first
     and last layer at 8; what is given stands instead of that); renormalize: re-estimate BatchNorm statistics for every
-    assignment; progress: True for a line on standard error, or callable(stage, done, total).
+    assignment; progress: True for a line on standard error, or callable(stage, done, total); settings: arguments of the
+    method, such as interactions=True for "shapley".
 
     In a torch.distributed process group all ranks call it, with the same arguments; they share the evaluations, rank 0
     keeps the store, and all get the result.
@@ -84,6 +87,7 @@ def search(
         store=store,
         fixed=fixed,
         progress=progress,
+        **settings,
     )
     try:
         return study.run()
@@ -111,6 +115,7 @@ class Study:
         store: str | os.PathLike[str] | Store | None,
         fixed: Mapping[str, int | str] | None,
         progress: bool | Progress,
+        **settings: Any,
     ) -> None:
         self._clock = _Clock()
         if evaluations is not None and not (is_whole(evaluations) and evaluations > 0):
@@ -131,7 +136,7 @@ class Study:
             raise SmpqError(f"store: {store!r} keeps nothing; name a file, or leave it out")
         if store is not None and isinstance(getattr(data, "sampler", None), RandomSampler):
             LOG.warning("data: this loader shuffles, so every run is a new study and the store resumes nothing")
-        self.method: Method = registry.find("methods", method)() if isinstance(method, str) else method
+        self.method: Method = _made(method, settings)
         self.name = method if isinstance(method, str) else type(method).__name__.lower()
         self.model = model
         self.engine = make_evaluator(
@@ -249,6 +254,18 @@ class Study:
         """Close the store, where a path was given."""
         if self._opened is not None:
             self._opened.close()  # type: ignore[attr-defined]
+
+
+def _made(method: str | Method, settings: Mapping[str, Any]) -> Method:
+    """The method itself. Raises SmpqError where it has no such setting."""
+    kind = registry.find("methods", method) if isinstance(method, str) else lambda: method
+    known = list(inspect.signature(kind).parameters)
+    for name in settings:
+        if name not in known:
+            there_are = f"there are {', '.join(known)}" if known else "there are none"
+            raise SmpqError(f"settings: the method {method!r} has no {name!r}; {there_are}")
+    made: Method = kind(**settings)
+    return made
 
 
 def _store(given: str | os.PathLike[str] | Store | None) -> Store:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from inspect import signature
 
 import numpy as np
 from numpy.typing import NDArray
 
-from smpq_ext.core import Answer, Assignments, Attribution, Evaluator, Problem, SmpqError, Values
-from smpq_ext.estimators.leverage import Leverage
+from smpq_ext import registry, stopping
+from smpq_ext.core import Answer, Assignments, Attribution, Evaluator, Problem, SmpqError, Table, Values
 from smpq_ext.games import IntervalGame, Remainder
 from smpq_ext.methods.single import Scores, score_singles, singles, standard_error
 from smpq_ext.methods.uniform import Uniform
+from smpq_ext.solvers.anneal import Anneal
 from smpq_ext.solvers.milp import Milp
 from smpq_ext.surrogate import Surrogate, neighbours
 
@@ -31,15 +34,35 @@ class Shapley:
     4. A refined plan, or the uniform one, is chosen only if it is the best on the samples of the search, and those kept
        apart, asked once, agree by at least a standard error.
 
-    The attribution is that of step 2, around the single-slot plan.
+    The attribution is that of step 2, around the single-slot plan, and `estimator` finds it. interactions: the game's
+    pairs are estimated, too ('interactions'), and the refinement also starts from the plans that a quadratic solver
+    finds for single slots and pairs as they may be within their errors. stop: end the game once every interval of 95 %
+    leaves out 0 ("intervals"), or the rescaled plan is the same in 95 % of resamples ("plan"), see `smpq_ext.stopping`.
+
+    Raises SmpqError where there is no such estimator or stopping rule.
     """
 
     holdout = True
 
-    def __init__(self, patience: float = 0.35, finalists: int = 8, batch: int = 12) -> None:
-        self.batch = batch  # assignments that are proposed and measured before the Gaussian process learns from them
+    def __init__(
+        self,
+        estimator: str = "leverage",
+        interactions: bool = False,
+        stop: str = "",
+        patience: float = 0.35,
+        finalists: int = 8,
+        batch: int = 12,
+    ) -> None:
+        if stop not in ("", "intervals", "plan"):
+            raise SmpqError(f"stop: 'intervals' or 'plan', not {stop!r}")
+        if not isinstance(interactions, bool):
+            raise SmpqError(f"interactions: True or False, not {interactions!r}")
+        registry.find("estimators", estimator)
+        self.estimator = "interactions" if interactions else estimator
+        self.interactions, self.stop = interactions, stop
         self.patience = patience  # share of the refinement's evaluations without progress after which it stops
         self.finalists = finalists
+        self.batch = batch  # assignments that are proposed and measured before the Gaussian process learns from them
 
     def allocate(self, problem: Problem) -> Answer:
         assert problem.holdout is not None
@@ -68,7 +91,10 @@ class Shapley:
                 + " are needed"
             )
             return Answer(plan, scores.damage, scores.errors, float(scores.predict(plan)[0]), finding=few)
-        near = _Neighbourhood(problem, scores, low, high, 2 * pairs)
+        near = _Neighbourhood(problem, scores, low, high)
+        for step in near.play(self.estimator, 2 * pairs, 32 if self.stop else 256):
+            if self._is_enough(problem, scores, near, step):
+                break
         missed = _missed(near, probes, apart, on_search, on_apart)
         share = f"{100 * missed.share:.1f} ± {100 * missed.error:.1f} %"
         finding = f"additive scores miss {share} of the variance near the budget"
@@ -76,8 +102,12 @@ class Shapley:
         if missed.share < 2 * missed.error or missed.share < 0.01:
             finding = f"additive within noise: {finding}"
         else:
-            rescaled = scores.damage * near.ratio[:, None]
-            starts = np.unique(np.stack([plan, solve(rescaled, problem.budget)]), axis=0)
+            starts = np.stack(
+                [plan, solve(scores.damage * near.ratio(near.attribution.values)[:, None], problem.budget)]
+            )
+            if self.interactions:
+                starts = np.concatenate([starts, self._quadratic(problem, scores, near)])
+            starts = np.unique(starts, axis=0)[: left - near.game.spent - probes]
             rows, losses = self._refine(problem, on_search, near, starts, left - near.game.spent - probes)
             best = rows[np.argsort(losses, kind="stable")]
             best = best[problem.budget.feasible(best)][: self.finalists]
@@ -93,6 +123,26 @@ class Shapley:
             trace,
             f"{finding}; {verdict}",
         )
+
+    def _is_enough(self, problem: Problem, scores: Scores, near: _Neighbourhood, found: Attribution) -> bool:
+        """Whether the rule says that the game need not be played on."""
+        if self.stop == "intervals":
+            return stopping.separated(found)
+        if self.stop != "plan":
+            return False
+
+        def plan_of(values: Values) -> Assignments:
+            return Milp()(scores.damage * near.ratio(values)[:, None], problem.budget)
+
+        return stopping.stable(near.attribution, plan_of, problem.rng(4, found.evaluations))
+
+    def _quadratic(self, problem: Problem, scores: Scores, near: _Neighbourhood) -> Assignments:
+        """Plans [finalists, slots] of least predicted loss, single slots and pairs being drawn within their errors."""
+        rng, found = problem.rng(5), []
+        for draw in range(self.finalists):
+            table, pairwise = near.quadratic(scores, *near.draw(rng, scale=float(draw > 0)))
+            found.append(Anneal(seed=draw)(table, problem.budget, pairwise))
+        return np.stack(found)
 
     def _refine(
         self, problem: Problem, scores: Scores, near: _Neighbourhood, starts: Assignments, room: int
@@ -126,27 +176,76 @@ class Shapley:
 class _Neighbourhood:
     """The neighbourhood game, played: Shapley values, and every assignment that was asked with its value."""
 
-    def __init__(self, problem: Problem, scores: Scores, low: Assignments, high: Assignments, budget: int) -> None:
+    def __init__(self, problem: Problem, scores: Scores, low: Assignments, high: Assignments) -> None:
+        self.problem = problem
         self.game = IntervalGame(problem.evaluator, low, high)
         slots = self.game.slots
-        gain = scores.damage[slots, low[slots]] - scores.damage[slots, high[slots]]
-        asked: list[Assignments] = []
-        answers: list[Values] = []
-        remainder = Remainder(_Recorder(self.game, asked, answers), gain)
-        for step in Leverage().steps(remainder, budget, problem.rng(2)):
-            part = step
-            problem.progress("neighbourhood game", step.evaluations, budget)
-        self.rows = np.concatenate(asked)
-        self.values = np.concatenate(answers)
-        total = len(problem.space.slots)
-        values, errors = np.zeros(total), np.zeros(total)
-        values[slots], errors[slots] = part.values + gain, part.standard_errors
-        self.attribution = Attribution(values, errors, part.evaluations)
-        # What a slot is worth here, in units of its single-slot score; shrunk towards 1 by its standard error.
-        self.ratio = np.ones(total)
-        measured = np.maximum(gain, 1e-12)
-        weight = measured**2 / (measured**2 + part.standard_errors**2)
-        self.ratio[slots] = np.clip(1 + weight * part.values / measured, 0.2, 5.0)
+        self.gain = scores.damage[slots, low[slots]] - scores.damage[slots, high[slots]]
+        self.asked: list[Assignments] = []
+        self.answers: list[Values] = []
+
+    def play(self, estimator: str, budget: int, batch: int) -> Iterator[Attribution]:
+        """Ask until the budget is spent, or the caller stops; yields what the players are worth, arrays [players]."""
+        remainder = Remainder(_Recorder(self.game, self.asked, self.answers), self.gain)
+        rng, slots = self.problem.rng(2), self.game.slots
+        kind = registry.find("estimators", estimator)
+        settings = {"batch": batch} if "batch" in signature(kind).parameters else {}
+        for step in kind(**settings).steps(remainder, budget, rng):
+            total = len(self.problem.space.slots)
+            values, errors = np.zeros(total), np.zeros(total)
+            values[slots], errors[slots] = step.values + self.gain, step.standard_errors
+            pairs = pair_errors = None
+            if step.pairs is not None and step.pair_errors is not None:
+                pairs, pair_errors = np.zeros((2, total, total))
+                pairs[np.ix_(slots, slots)], pair_errors[np.ix_(slots, slots)] = step.pairs, step.pair_errors
+            self.attribution = Attribution(values, errors, step.evaluations, step.reason, pairs, pair_errors)
+            self.problem.progress("neighbourhood game", step.evaluations, budget)
+            yield replace(step, values=values[slots])
+
+    @property
+    def rows(self) -> Assignments:
+        return np.concatenate(self.asked)
+
+    @property
+    def values(self) -> Values:
+        return np.concatenate(self.answers)
+
+    def ratio(self, values: Values) -> Values:
+        """What each slot is worth here, [slots], in units of its single-slot score; shrunk by its standard error."""
+        slots, found = self.game.slots, np.ones(len(values))
+        measured = np.maximum(self.gain, 1e-12)
+        weight = measured**2 / (measured**2 + self.attribution.standard_errors[slots] ** 2)
+        found[slots] = np.clip(1 + weight * (values[slots] - self.gain) / measured, 0.2, 5.0)
+        return found
+
+    def draw(self, rng: np.random.Generator, scale: float) -> tuple[Values, Table]:
+        """Values [slots] and pairs [slots, slots] as they may be within `scale` times their errors."""
+        found = self.attribution
+        assert found.pairs is not None and found.pair_errors is not None
+        noise = np.triu(rng.standard_normal(found.pairs.shape), 1)
+        errors, pair_errors = (np.where(np.isfinite(e), e, 0.0) for e in (found.standard_errors, found.pair_errors))
+        values = found.values + scale * errors * rng.standard_normal(len(found.values))
+        return values, found.pairs + scale * pair_errors * (noise + noise.T)
+
+    def quadratic(self, scores: Scores, values: Values, pairs: Table) -> tuple[Table, NDArray[np.float64]]:
+        """Damage of single slots [slots, candidates] and of pairs [slots, candidates, slots, candidates].
+
+        A candidate between `low` and `high` has the share of the game's step that it has of the single-slot damage;
+        what is outside is not allowed, for nothing was measured there.
+        """
+        game, (slots, width) = self.game, scores.damage.shape
+        share = np.zeros((slots, width))
+        allowed = np.zeros((slots, width), np.bool_)
+        for slot in range(slots):
+            low, high = int(game.low[slot]), int(game.high[slot])
+            allowed[slot, low : high + 1] = True
+            if low < high:
+                steps = scores.damage[slot, low] - scores.damage[slot, low : high + 1]
+                even = np.linspace(0, 1, high - low + 1)
+                share[slot, low : high + 1] = np.clip(steps / steps[-1], 0, 1) if steps[-1] > 0 else even
+        single = values - pairs.sum(axis=1) / 2  # what is left of a Shapley value is half of each of its pairs
+        table = np.where(allowed, -single[:, None] * share, np.inf)
+        return table, -pairs[:, None, :, None] * share[:, :, None, None] * share
 
     def predict(self, scores: Scores, assignment: Assignments) -> float:
         """The loss of an assignment near here: the line through what was measured, over the additive prediction."""
@@ -185,6 +284,7 @@ def _missed(near: _Neighbourhood, count: int, apart: Evaluator, on_search: Score
     From `count` of the assignments that the game asked, evenly spread, so that both sides of the plan are among them.
     Both factors of the covariance come from different samples, so the noise of neither enters its mean.
     """
+    count = min(count, len(near.rows) - 2)
     index = np.linspace(2, len(near.rows) - 1, count).round().astype(int)
     rows = near.rows[index]
     searched, held = -near.values[index], -apart(rows)
