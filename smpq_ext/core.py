@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import reprlib
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from numbers import Integral
@@ -23,6 +22,7 @@ Values = NDArray[np.float64]  # [n]
 Table = NDArray[np.float64]  # [slots, candidates]
 
 FLOAT_BITS = 32
+LARGEST = 1e100  # of the numbers in a file, of either sign: sums and figures of such do not overflow
 
 
 def is_whole(value: object) -> bool:
@@ -384,6 +384,8 @@ class Result:
         for name, (array, wanted) in arrays.items():
             if array is not None and array.shape != wanted:
                 raise ValueError(f"{name}: numbers of shape {wanted}, as the space has, not {array.shape}")
+            if array is not None and "errors" in name and (array < 0).any():
+                raise ValueError(f"{name}: standard errors are not negative")
         for name, limit in self.budget.items():
             if not limit > 0:
                 raise ValueError(f"budget: {name} is a number above 0, not {limit}")
@@ -492,8 +494,8 @@ def _read(kind: Any, value: Any, name: str = "") -> Any:
         if is_whole(value) and abs(value) < 1 << 63:
             return value
     else:
-        words = "a finite number"
-        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+        words = f"a number of at most {LARGEST:g}"
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST:
             return float(value)
     raise ValueError(f"{name + ': ' if name else ''}{words} is needed, not {reprlib.repr(value)}")
 
