@@ -71,12 +71,13 @@ class Space:
             raise ValueError("candidates: one tuple of widths per slot")
         for slot, widths in zip(self.slots, self.candidates, strict=True):
             if not widths or list(widths) != sorted(set(widths)):
-                raise ValueError(f"candidates of {slot.name}: distinct widths in ascending order, not {widths}")
+                given = f"{reprlib.repr(slot.name)}: {reprlib.repr(widths)}"
+                raise ValueError(f"candidates: distinct widths in ascending order, not those of {given}")
         every = [*zip(self.slots, self.candidates, strict=True), *((slot, (width,)) for slot, width in self.fixed)]
         if len({slot.name for slot, _ in every}) < len(every):
             raise ValueError("slots, fixed: a slot may be there once")
         for slot, widths in every:
-            _check_widths(slot.name, widths)
+            _check_widths(reprlib.repr(slot.name), widths)
         if not all(group and set(group) <= set(range(len(self.slots))) for group in self.tied):
             raise ValueError(f"tied: groups of indices of the {len(self.slots)} slots")
 
@@ -264,12 +265,11 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name, width in self.bits.items():
-            _check_widths(f"bits of {name}", (width,))
+            _check_widths(f"bits of {reprlib.repr(name)}", (width,))
         for name, (mean, variance) in self.statistics.items():
             if mean.ndim != 1 or mean.shape != variance.shape:
-                raise ValueError(
-                    f"statistics of {name}: means and variances by channel, not {mean.shape} and {variance.shape}"
-                )
+                shapes = f"{mean.shape} and {variance.shape}"
+                raise ValueError(f"statistics of {reprlib.repr(name)}: mean and variance by channel, not {shapes}")
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -376,7 +376,9 @@ class Result:
             raise ValueError("space: at least one slot is searched")
         for slot, widths in [*zip(space.slots, space.candidates, strict=True), *((s, (w,)) for s, w in space.fixed)]:
             if (width := self.plan.bits.get(slot.name)) not in widths:
-                raise ValueError(f"plan: {slot.name} has width {width}, the space allows {', '.join(map(str, widths))}")
+                raise ValueError(
+                    f"plan: {reprlib.repr(slot.name)} has width {width}, the space allows {', '.join(map(str, widths))}"
+                )
         arrays = {"scores": (self.scores, shape), "score_errors": (self.score_errors, shape)}
         if (given := self.attribution) is not None:
             arrays["attribution.values"] = given.values, shape[:1]
@@ -388,7 +390,7 @@ class Result:
                 raise ValueError(f"{name}: standard errors are not negative")
         for name, limit in self.budget.items():
             if not limit > 0:
-                raise ValueError(f"budget: {name} is a number above 0, not {limit}")
+                raise ValueError(f"budget: {reprlib.repr(name)} is a number above 0, not {limit}")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write result.json and plan.json into the folder `path`, each in one step."""
@@ -477,7 +479,7 @@ def _read(kind: Any, value: Any, name: str = "") -> Any:
         (number,) = get_args(parts[1])
         entries = np.array(value, object)  # of uneven rows, lists are the entries, and no numbers
         infinite = number is np.float64
-        flat = [np.inf if v is None and infinite else _read(float, v, name) for v in entries.flat]
+        flat = [np.inf if v is None and infinite else _read(float, v, name) for v in entries.ravel()]
         words = f"numbers of {number.__name__}"
         if infinite or all(abs(v) <= np.finfo(number).max for v in flat):
             return np.array(flat, number).reshape(entries.shape)
