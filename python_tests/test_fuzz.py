@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
+from typer.main import get_command
 
 import smpq_ext
 from python_tests.results import a_result
@@ -80,6 +81,7 @@ def smpq(room, monkeypatch, capsys):
     monkeypatch.chdir(room)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr("smpq_ext.doctor.examine", list)  # it measures, for seconds
+    monkeypatch.setattr(cli, "app", get_command(cli.app))  # which the call would build anew, for milliseconds
 
     def run(*arguments):
         sys.argv = ["smpq", *arguments]
@@ -481,13 +483,13 @@ STRAY = ODD | st.sampled_from(
 )
 
 
-@settings(max_examples=2500)
+@settings(max_examples=300)
 @given(arguments=st.lists(STRAY, max_size=6))
 def test_any_words_are_understood_or_refused(arguments, smpq):
     smpq(*(a for a in arguments if a != "--debug"))
 
 
-@settings(max_examples=2500)
+@settings(max_examples=300)
 @given(arguments=search())
 def test_any_search_that_is_no_model_s_is_refused(arguments, smpq):
     arguments[2] = "fuzz_nets.py:no_layers"

@@ -481,7 +481,7 @@ def _read(kind: Any, value: Any, name: str = "") -> Any:
         infinite = number is np.float64
         flat = [np.inf if v is None and infinite else _read(float, v, name) for v in entries.ravel()]
         words = f"numbers of {number.__name__}"
-        if infinite or all(abs(v) <= np.finfo(number).max for v in flat):
+        if infinite or all(abs(v) <= float(np.finfo(number).max) for v in flat):
             return np.array(flat, number).reshape(entries.shape)
     elif origin is Literal:
         words = " or ".join(parts)

@@ -113,12 +113,12 @@ def _named(what: str, where: str) -> Any:
 def _file(path: Path) -> ModuleType:
     if not path.is_file():
         raise FileNotFoundError(2, "not there", str(path))
-    name = path.stem
-    for known in sys.modules.values():
-        if getattr(known, "__file__", None) == str(path.resolve()):
+    name, file = path.stem, str(path.resolve())
+    for known in list(sys.modules.values()):
+        if getattr(known, "__file__", None) == file:
             return known
-    sys.path.insert(0, str(path.resolve().parent))
-    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    sys.path.insert(0, str(Path(file).parent))
+    spec = importlib.util.spec_from_file_location(name, file)
     if name in sys.modules or spec is None or spec.loader is None:
         raise SmpqError(f"model: {path} cannot be imported, another module is called {name!r}; rename the file")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
