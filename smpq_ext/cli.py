@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -207,6 +208,9 @@ def doctor() -> None:
 def main() -> int:
     """Run the command line; what the user can mend is one line on standard error and exit code 2."""
     logging.getLogger("smpq_ext").addHandler(logging.NullHandler())  # notes are printed with the search
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal has no letters for is no error
+            stream.reconfigure(errors="backslashreplace")
     try:
         return int(app(standalone_mode=False) or 0)
     except typer.Abort:

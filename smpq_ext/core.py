@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from types import UnionType
+from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,7 @@ Values = NDArray[np.float64]  # [n]
 Table = NDArray[np.float64]  # [slots, candidates]
 
 FLOAT_BITS = 32
+LARGEST = 1e100  # of the numbers in a file, of either sign: sums and figures of such do not overflow
 
 
 def is_whole(value: object) -> bool:
@@ -68,7 +71,15 @@ class Space:
             raise ValueError("candidates: one tuple of widths per slot")
         for slot, widths in zip(self.slots, self.candidates, strict=True):
             if not widths or list(widths) != sorted(set(widths)):
-                raise ValueError(f"candidates of {slot.name}: distinct widths in ascending order, not {widths}")
+                given = f"{reprlib.repr(slot.name)}: {reprlib.repr(widths)}"
+                raise ValueError(f"candidates: distinct widths in ascending order, not those of {given}")
+        every = [*zip(self.slots, self.candidates, strict=True), *((slot, (width,)) for slot, width in self.fixed)]
+        if len({slot.name for slot, _ in every}) < len(every):
+            raise ValueError("slots, fixed: a slot may be there once")
+        for slot, widths in every:
+            _check_widths(reprlib.repr(slot.name), widths)
+        if not all(group and set(group) <= set(range(len(self.slots))) for group in self.tied):
+            raise ValueError(f"tied: groups of indices of the {len(self.slots)} slots")
 
     @property
     def width_count(self) -> int:
@@ -236,6 +247,17 @@ class Grid:
     quant_max: int
     axis: int | None
 
+    def __post_init__(self) -> None:
+        if self.scale.shape != self.zero_point.shape or self.scale.ndim != (self.axis is not None):
+            raise ValueError(
+                "scale, zero_point: one number each, or one for every channel along axis, "
+                f"not {self.scale.shape} and {self.zero_point.shape} with axis {self.axis}"
+            )
+        if not -(1 << 16) <= self.quant_min < self.quant_max <= (1 << 16):
+            raise ValueError(
+                f"quant_min, quant_max: ascending codes of at most 16 bits, not {self.quant_min} and {self.quant_max}"
+            )
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -248,6 +270,14 @@ class Plan:
     grids: dict[str, Grid] = field(default_factory=dict)  # slot name -> grid at that width; float slots are absent
     statistics: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = field(default_factory=dict)
     version: int = 1
+
+    def __post_init__(self) -> None:
+        for name, width in self.bits.items():
+            _check_widths(f"bits of {reprlib.repr(name)}", (width,))
+        for name, (mean, variance) in self.statistics.items():
+            if mean.ndim != 1 or mean.shape != variance.shape:
+                shapes = f"{mean.shape} and {variance.shape}"
+                raise ValueError(f"statistics of {reprlib.repr(name)}: mean and variance by channel, not {shapes}")
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -272,33 +302,14 @@ class Plan:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """The plan in a plan.json object. Raises SmpqError where it is not one."""
+        if not isinstance(data, Mapping):
+            raise SmpqError(f"plan: json.loads the text first; an object is needed, not a {type(data).__name__}")
+        if (version := data.get("version")) != 1:
+            raise SmpqError(f"plan: version {reprlib.repr(version)} is not known; this release reads version 1")
         try:
-            if not isinstance(data, Mapping):
-                raise SmpqError(f"plan: json.loads the text first; an object is needed, not a {type(data).__name__}")
-            if data["version"] != 1:
-                raise SmpqError(f"plan: version {data['version']} is not known; this release reads version 1")
-            return cls(
-                method=str(data["method"]),
-                seed=int(data["seed"]),
-                fingerprint=str(data["fingerprint"]),
-                bits={str(k): int(v) for k, v in data["bits"].items()},
-                grids={
-                    str(k): Grid(
-                        np.asarray(g["scale"], np.float32),
-                        np.asarray(g["zero_point"], np.float32),
-                        int(g["quant_min"]),
-                        int(g["quant_max"]),
-                        None if g["axis"] is None else int(g["axis"]),
-                    )
-                    for k, g in data["grids"].items()
-                },
-                statistics={
-                    str(k): (np.asarray(m, np.float32), np.asarray(v, np.float32))
-                    for k, (m, v) in data["statistics"].items()
-                },
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise SmpqError(f"plan: not a plan of this library ({type(error).__name__}: {error})") from error
+            return _read(cls, data)  # type: ignore[no-any-return]
+        except ValueError as error:
+            raise SmpqError(f"plan: not a plan of this library ({error}); its search, run again, writes it") from error
 
 
 @dataclass(frozen=True)
@@ -367,6 +378,30 @@ class Result:
     left_out: Mapping[str, str] = field(default_factory=dict)  # module -> why it is not quantized
     versions: Mapping[str, str] = field(default_factory=dict)  # of this library, torch and Python
 
+    def __post_init__(self) -> None:
+        space, shape = self.space, self.space.mask.shape
+        if not space.slots:
+            raise ValueError("space: at least one slot is searched")
+        for slot, widths in [*zip(space.slots, space.candidates, strict=True), *((s, (w,)) for s, w in space.fixed)]:
+            if (width := self.plan.bits.get(slot.name)) not in widths:
+                raise ValueError(
+                    f"plan: {reprlib.repr(slot.name)} has width {width}, the space allows {', '.join(map(str, widths))}"
+                )
+        arrays = {"scores": (self.scores, shape), "score_errors": (self.score_errors, shape)}
+        if (given := self.attribution) is not None:
+            arrays["attribution.values"] = given.values, shape[:1]
+            arrays["attribution.standard_errors"] = given.standard_errors, shape[:1]
+            arrays["attribution.pairs"] = given.pairs, shape[:1] * 2
+            arrays["attribution.pair_errors"] = given.pair_errors, shape[:1] * 2
+        for name, (array, wanted) in arrays.items():
+            if array is not None and array.shape != wanted:
+                raise ValueError(f"{name}: numbers of shape {wanted}, as the space has, not {array.shape}")
+            if array is not None and "errors" in name and (array < 0).any():
+                raise ValueError(f"{name}: standard errors are not negative")
+        for name, limit in self.budget.items():
+            if not limit > 0:
+                raise ValueError(f"budget: {reprlib.repr(name)} is a number above 0, not {limit}")
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write result.json and plan.json into the folder `path`, each in one step."""
         folder = Path(path)
@@ -380,9 +415,6 @@ class Result:
             "tied": self.space.tied,
         }
         data["attribution"] = None if self.attribution is None else vars(self.attribution)
-        for name in ("scores", "score_errors"):  # +inf marks what is no candidate; JSON has no word for it
-            if data[name] is not None:
-                data[name] = [[None if np.isinf(v) else v for v in row] for row in data[name].tolist()]
         write_text(folder / "result.json", json.dumps(data, default=_plain, indent=1, allow_nan=False))
 
     @classmethod
@@ -390,46 +422,113 @@ class Result:
         """Read what `save` wrote. Raises SmpqError where the folder holds no result."""
         folder = Path(path)
         try:
-            data = json.loads((folder / "result.json").read_text())
-            plan = Plan.from_json(json.loads((folder / "plan.json").read_text()))
-            space = data["space"]
-            data["space"] = Space(
-                tuple(Slot(**s) for s in space["slots"]),
-                tuple(tuple(c) for c in space["candidates"]),
-                tuple((Slot(**s), w) for s, w in space["fixed"]),
-                tuple(tuple(t) for t in space["tied"]),
-            )
-            if data["attribution"] is not None:
-                a = data["attribution"]
-                values, errors = (np.asarray(a[name], np.float64) for name in ("values", "standard_errors"))
-                data["attribution"] = Attribution(values, errors, a["evaluations"], str(a.get("reason", "")))
-            for name in ("scores", "score_errors"):
-                if data[name] is not None:
-                    data[name] = np.array([[np.inf if v is None else v for v in row] for row in data[name]], np.float64)
-            data["trace"] = tuple((p, m) for p, m in data["trace"])
-            for name in ("budget", "cost", "seconds", "left_out", "versions"):
-                if not isinstance(data.setdefault(name, {}), dict):
-                    raise ValueError(f"{name} is a {type(data[name]).__name__}, not an object")
-            missing = [s.name for s in data["space"].slots if s.name not in plan.bits]
-            if missing:
-                raise ValueError(f"plan.json has no width for {missing[0]}")
-            return cls(plan=plan, **data)
+            data = _json(folder / "result.json")
+            plan = Plan.from_json(_json(folder / "plan.json"))
+            return _read(cls, {**data, "plan": plan} if isinstance(data, dict) else data)  # type: ignore[no-any-return]
         except OSError as error:
             raise SmpqError(f"result: cannot read {error.filename}: {error.strerror}") from error
-        except (KeyError, TypeError, ValueError) as error:
-            raise SmpqError(f"result: {folder} holds no result of this library ({error})") from error
+        except ValueError as error:
+            raise SmpqError(
+                f"result: {folder} holds no result of this library ({error}); its search, run again, writes it"
+            ) from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace the file in one step, so that a reader or a crash never sees half of it."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, "utf-8")
     temporary.replace(path)
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return value.tolist()
+    if isinstance(value, np.ndarray):  # JSON has no word for what is not finite, such as the score of no candidate
+        return np.where(np.isfinite(value), value, None).tolist()  # type: ignore[call-overload]
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"{type(value).__name__} cannot be written to result.json")
+
+
+def _json(path: Path) -> Any:
+    """What a JSON file holds. Raises ValueError where it is no JSON, or a key is there twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key is there twice")
+        return found
+
+    try:
+        return json.loads(path.read_text("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+def _read(kind: Any, value: Any, name: str = "") -> Any:
+    """The `kind`, a type as the fields of the classes above have, that a value out of JSON stands for.
+
+    In arrays of float64 null stands for +inf. Raises ValueError that names the field where the value stands for none.
+    """
+    origin, parts = get_origin(kind), get_args(kind)
+    words = "an object"
+    if origin in (Union, UnionType):
+        return None if value is None else _read(parts[0], value, name)
+    if is_dataclass(kind):
+        if isinstance(value, kind):  # type: ignore[arg-type]
+            return value
+        if isinstance(value, Mapping):
+            return _built(kind, value, name)
+    elif origin in (dict, Mapping):
+        if isinstance(value, Mapping):
+            return {_read(str, k, name): _read(parts[1], v, f"{name}[{reprlib.repr(k)}]") for k, v in value.items()}
+    elif origin is tuple:
+        words = "a list" if parts[-1] is ... else f"a list of {len(parts)}"
+        if isinstance(value, list | tuple) and (parts[-1] is ... or len(parts) == len(value)):
+            kinds = parts[:1] * len(value) if parts[-1] is ... else parts
+            return tuple(_read(k, v, f"{name}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    elif origin is np.ndarray:
+        (number,) = get_args(parts[1])
+        entries = np.array(value, object)  # of uneven rows, lists are the entries, and no numbers
+        infinite = number is np.float64
+        flat = [np.inf if v is None and infinite else _read(float, v, name) for v in entries.ravel()]
+        words = f"numbers of {number.__name__}"
+        if infinite or all(abs(v) <= float(np.finfo(number).max) for v in flat):
+            return np.array(flat, number).reshape(entries.shape)
+    elif origin is Literal:
+        words = " or ".join(parts)
+        if value in parts:
+            return value
+    elif kind is str:
+        words = "text"
+        if isinstance(value, str) and value.encode(errors="ignore").decode() == value:  # no half of a surrogate pair
+            return value
+    elif kind is int:
+        words = "a whole number of at most 64 bits"
+        if is_whole(value) and abs(value) < 1 << 63:
+            return value
+    else:
+        words = f"a number of at most {LARGEST:g}"
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST:
+            return float(value)
+    raise ValueError(f"{name + ': ' if name else ''}{words} is needed, not {reprlib.repr(value)}")
+
+
+def _built(kind: Any, given: Mapping[str, Any], name: str) -> Any:
+    """The dataclass `kind` of these fields."""
+    hints, prefix = get_type_hints(kind), f"{name}." if name else ""
+    for key in given:
+        if key not in hints:
+            raise ValueError(f"{prefix}{reprlib.repr(key)} is no field of this release")
+    for f in fields(kind):
+        if f.name not in given and f.default is MISSING and f.default_factory is MISSING:
+            raise ValueError(f"{prefix}{f.name} is missing")
+    read = {key: _read(hints[key], value, prefix + key) for key, value in given.items()}
+    try:
+        return kind(**read)
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from error
+
+
+def _check_widths(name: str, widths: tuple[int, ...]) -> None:
+    for width in widths:
+        if not (1 <= width <= 16 or width == FLOAT_BITS):
+            raise ValueError(f"{name}: a width from 1 to 16, or {FLOAT_BITS} for float, not {width}")

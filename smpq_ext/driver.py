@@ -179,7 +179,7 @@ class Study:
             model=self.engine,
             # Four times what measuring each slot alone takes, where there are many candidates.
             evaluations=evaluations or max(EVALUATIONS_PER_SLOT * len(space.slots), 4 * int(space.mask.sum())),
-            seed=seed,
+            seed=int(seed),
             apart=HOLDOUT_SHARE if keeps_apart else 0.0,
             record=recorded,
             progress=_line if progress is True else progress or (lambda stage, done, total: None),

@@ -30,9 +30,10 @@ def model(where: str, weights: Path | None = None) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise SmpqError(f"model: {where} gives a {type(made).__name__}, not an nn.Module; return the model itself")
     if weights is not None:
+        state = _state(weights)
         try:
-            made.load_state_dict(_state(weights))
-        except RuntimeError as error:
+            made.load_state_dict(state)
+        except Exception as error:
             raise SmpqError(f"weights: {weights} does not fit the model ({_first(error)})") from error
     return made
 
@@ -112,12 +113,12 @@ def _named(what: str, where: str) -> Any:
 def _file(path: Path) -> ModuleType:
     if not path.is_file():
         raise FileNotFoundError(2, "not there", str(path))
-    name = path.stem
-    for known in sys.modules.values():
-        if getattr(known, "__file__", None) == str(path.resolve()):
+    name, file = path.stem, str(path.resolve())
+    for known in list(sys.modules.values()):
+        if getattr(known, "__file__", None) == file:
             return known
-    sys.path.insert(0, str(path.resolve().parent))
-    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    sys.path.insert(0, str(Path(file).parent))
+    spec = importlib.util.spec_from_file_location(name, file)
     if name in sys.modules or spec is None or spec.loader is None:
         raise SmpqError(f"model: {path} cannot be imported, another module is called {name!r}; rename the file")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -160,7 +161,7 @@ def _state(path: Path) -> dict[str, Tensor]:
     except Exception as error:
         raise SmpqError(f"weights: {path} is no .safetensors or .pt file of tensors ({_first(error)})") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise SmpqError(f"weights: {path} holds no state_dict, names to tensors")
     return state
 
@@ -170,7 +171,7 @@ def _arrays(path: Path, targets: bool) -> tuple[Tensor, Tensor | None]:
         raise SmpqError(f"data: the file {path} is not there")
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+            arrays = {name: np.asarray(file[name]) for name in file.files}  # bytes where a member is no .npy
     except Exception as error:
         raise SmpqError(f"data: {path} cannot be read as .npz ({_first(error)})") from error
     for x, y in (("inputs", "targets"), ("x", "y")):
@@ -185,7 +186,8 @@ def _tensor(name: str, array: NDArray[Any] | Tensor) -> Tensor:
     if isinstance(array, np.ndarray):
         if array.dtype.kind not in "fiub":
             raise SmpqError(f"data: {name} is of type {array.dtype}; give numbers")
-        array = torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else np.int64))
+        with np.errstate(over="ignore"):  # said below
+            array = torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else np.int64))
     if not array.dim() or not len(array):
         raise SmpqError(f"data: {name} is empty")
     if not torch.isfinite(array).all():
@@ -233,7 +235,7 @@ def _pixels(paths: list[Path], size: int | None, mean: Sequence[float] | None, s
             with Image.open(path) as image:
                 grey = image.mode in ("1", "L")
                 images.append(image.convert("L" if grey else "RGB"))
-        except OSError as error:
+        except Exception as error:  # a damaged file is not always an OSError
             raise SmpqError(f"data: {path} cannot be read as an image ({_first(error)})") from error
         if size is not None:
             w, h = images[-1].size
@@ -257,5 +259,5 @@ def _pixels(paths: list[Path], size: int | None, mean: Sequence[float] | None, s
 
 
 def _first(error: BaseException) -> str:
-    """The kind of an exception and what it says."""
-    return f"{type(error).__name__}: {error}".rstrip(": ")
+    """The kind of an exception and what it says, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".rstrip(": ").split())

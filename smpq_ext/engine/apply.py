@@ -69,6 +69,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
             codes = grid.quant_max - grid.quant_min + 1
             raise SmpqError(f"plan: {slot} has {width} bits and a grid of {codes} codes; change widths by a new search")
         if kind == "activation":
+            if grid.axis is not None:
+                raise SmpqError(f"plan: {slot} has {grid.scale.size} scales, and an activation has one")
             module.add_module(QUANTIZER, FakeQuantize(grid, weight.device))
             module.register_forward_pre_hook(_quantize_input)
             continue
@@ -113,10 +115,10 @@ def _module(model: nn.Module, name: str) -> nn.Module:
 
 
 def _check_channels(slot: str, grid: Grid, weight: Tensor) -> None:
-    channels = weight.shape[grid.axis] if grid.axis is not None and -weight.dim() <= grid.axis < weight.dim() else 1
-    if grid.scale.size != channels:
+    shape, axis = tuple(weight.shape), grid.axis
+    if axis is not None and (axis not in range(-len(shape), len(shape)) or shape[axis] != grid.scale.size):
         raise SmpqError(
-            f"plan: {slot} has {grid.scale.size} scales, this model's weight {tuple(weight.shape)} needs {channels}; "
+            f"plan: {slot} has {grid.scale.size} scales along axis {axis}, this model's weight is {shape}; "
             "the plan was made for another model"
         )
 
@@ -124,6 +126,6 @@ def _check_channels(slot: str, grid: Grid, weight: Tensor) -> None:
 def _tensors(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
     """Scale and zero point; a whole zero point is an integer, which is added after rounding."""
     zero = np.array(grid.zero_point, np.float32)
-    whole = (zero == np.round(zero)).all()
+    whole = (zero == np.round(zero)).all() and (abs(zero) < 1 << 31).all()
     zero_point = torch.tensor(zero.astype(np.int32) if whole else zero, device=device)
     return torch.tensor(grid.scale, device=device), zero_point

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from smpq_ext.report.tables import with_error
 ROW, CELL = 0.22, 0.82  # inches of one cell of the heat map
 BLOCK = 32  # rows of the heat map under one heading
 NAME = 38  # letters of a name; longer ones lose their middle
+TINY = 1e-100  # a score below shows no colour
 COLOURS = {"weight": "#3b6fb6", "activation": "#d98032"}
 INK, QUIET = "#1d2430", "#8a93a3"
 FRAME: dict[str, Any] = {"fill": False, "edgecolor": INK, "linewidth": 1.6, "zorder": 3}
@@ -45,7 +47,8 @@ def figures(result: Result) -> dict[str, bytes]:
     """SVG by name, as far as the result holds what they show: "scores", "sensitivity", "predicted"."""
     drawn = {}
     for name, draw in _DRAW.items():
-        with mpl.rc_context(STYLE):
+        with mpl.rc_context(STYLE), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # the SVG's reader may have a font that has it
             figure = draw(result)
             if figure is not None:
                 drawn[name] = _svg(figure)
@@ -61,7 +64,8 @@ def scores(result: Result) -> Figure | None:
     layers = list(dict.fromkeys(s.layer for s in space.slots))
     row = {name: 1 + i + i // BLOCK for i, name in enumerate(layers)}  # a heading above every block
     bottom = row[layers[-1]] + 1
-    top = float(result.scores[np.isfinite(result.scores)].max(initial=0.0)) or 1.0
+    top = float(result.scores[np.isfinite(result.scores)].max(initial=0.0))
+    top = top if top > TINY else 1.0
     noise = float(np.median(errors[errors > 0])) if (errors > 0).any() else 0.0
     faint = min(max(top * 1e-4, noise), top / 10)  # what is within the noise is pale
     norm, colours = LogNorm(faint, top, clip=True), mpl.colormaps["YlOrRd"]
@@ -225,5 +229,6 @@ def _described(trace: NDArray[np.float64]) -> str:
 
 
 def _short(name: str) -> str:
+    name = "".join(c if c.isprintable() else "�" for c in name)  # XML has no word for most of the others
     half = (NAME - 1) // 2
     return name if len(name) <= NAME else f"{name[:half]}…{name[-half:]}"
