@@ -332,7 +332,7 @@ def test_a_changed_bit_of_a_value_is_found(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(value.tobytes())] ^= 1
     path.write_bytes(data)
-    with closing(SqliteStore(path)) as store, pytest.raises(SmpqError, match="damaged .*checksum"):
+    with closing(SqliteStore(path)) as store, pytest.raises(SmpqError, match=r"damaged .*checksum"):
         store.read("one")
 
 
