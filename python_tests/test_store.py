@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smpq_ext.core import Slot, SmpqError, Space
-from smpq_ext.store import MemoryStore, Recorded, SqliteStore
+from smpq_ext.store import MemoryStore, Recorded, SqliteStore, differences
 
 ROOT = Path(__file__).parent.parent
 
@@ -334,6 +334,19 @@ def test_a_changed_bit_of_a_value_is_found(tmp_path):
     path.write_bytes(data)
     with closing(SqliteStore(path)) as store, pytest.raises(SmpqError, match=r"damaged .*checksum"):
         store.read("one")
+
+
+def test_a_study_is_told_from_the_nearest_that_is_known(tmp_path):
+    def digests(**changed):
+        return {part: f"{changed.get(part, 7):064x}"[::-1] for part in ("weights", "data", "loss")}
+
+    for store in (MemoryStore(), SqliteStore(tmp_path / "store.db")):
+        assert differences(store, "a", digests()) == ()
+        assert differences(store, "b", digests(loss=1, data=1)) == ("data", "loss")
+        assert differences(store, "c", digests(loss=1)) == ("loss",)
+        assert differences(store, "d", digests(loss=1, weights=2)) == ("weights",)
+        assert differences(store, "a", digests()) == differences(store, "d", digests()) == ()
+    store.close()
 
 
 class TestRecordedIsAnEvaluator(EvaluatorContract):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
@@ -115,6 +116,22 @@ class MemoryStore:
         known = self._studies.setdefault(study, {})
         for key, groups in rows.items():
             known.setdefault(key, np.array(groups, np.float64))
+
+
+def differences(store: Store, fingerprint: str, digests: Mapping[str, str]) -> tuple[str, ...]:
+    """The parts that tell a study from the nearest other one in the store, none where it is known; keeps its digests.
+
+    digests: part -> hexadecimal digest.
+    """
+    names = sorted(digests)
+    study, key = f"digests of {', '.join(names)}", fingerprint.encode()
+    own = np.array([float(int(digests[name][:12], 16)) for name in names])  # 48 bits: any store can keep them exactly
+    known = store.read(study)
+    if key in known:
+        return ()
+    store.append(study, {key: own})
+    apart = [own != other for other in known.values()]
+    return tuple(itertools.compress(names, min(apart, key=np.count_nonzero))) if apart else ()
 
 
 class Recorded:
