@@ -452,12 +452,12 @@ def test_split_needs_samples() -> None:
         few.split(1.0, np.random.default_rng(0))
 
 
-def test_fingerprints() -> None:
+def test_fingerprints_and_the_parts_that_change_them(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = build("Branches", 0)
     make = partial(smpq_ext.evaluator, bits=BITS)
-    first = make(model, data).fingerprint
-    assert make(copy.deepcopy(model), [(x.clone(), y) for x, y in data]).fingerprint == first
-    assert len(first) == 64
+    first = make(model, data)
+    assert make(copy.deepcopy(model), [(x.clone(), y) for x, y in data]).fingerprint == first.fingerprint
+    assert len(first.fingerprint) == 64
 
     def changed(change: Any) -> nn.Module:
         other = copy.deepcopy(model)
@@ -466,23 +466,40 @@ def test_fingerprints() -> None:
         return other
 
     others = [
-        make(changed(lambda m: m.point.weight[0, 0, 0, 0].add_(1e-6)), data),
-        make(changed(lambda m: m.norm.running_mean[0].add_(1)), data),
-        make(model, [(x, (y + 1) % CLASSES) for x, y in data]),
-        make(model, [(x.roll(1, -1), y) for x, y in data]),
-        make(model, data, loss="kl"),
-        make(model, data, loss=lambda out, y: 1 * F.cross_entropy(out, y)),
-        make(model, data, loss=lambda out, y: 2 * F.cross_entropy(out, y)),
-        make(model, data, loss=partial(F.cross_entropy, label_smoothing=0.1)),
-        make(model, data, loss=partial(F.cross_entropy, label_smoothing=0.2)),
-        make(model, data, loss=nn.CrossEntropyLoss()),
-        make(model, data, renormalize=False),
-        make(model, data, bits=(2, 3)),
-        make(model, data, activation_bits=(4, 8)),
-        make(model, data, fixed={}),
-        make(model, data, calibrate="minmax"),
+        ("weights", make(changed(lambda m: m.point.weight[0, 0, 0, 0].add_(1e-6)), data)),
+        ("weights", make(changed(lambda m: m.head.bias[0].add_(1e-6)), data)),
+        ("weights", make(changed(lambda m: m.norm.running_mean[0].add_(1)), data)),
+        ("weights", make(changed(lambda m: m.norm.running_var[0].mul_(2)), data)),
+        ("model", make(changed(lambda m: setattr(m.norm, "eps", 1e-3)), data)),
+        ("data", make(model, [(x, (y + 1) % CLASSES) for x, y in data])),
+        ("data", make(model, [(x, y if k else y.roll(1)) for k, (x, y) in enumerate(data)])),
+        ("data", make(model, [(x.roll(1, -1), y) for x, y in data])),
+        ("data", make(model, data[:-1])),
+        ("data", make(model, [(x.flip(0), y.flip(0)) for x, y in data])),
+        ("data loss", make(model, data, loss="kl")),
+        ("loss", make(model, data, loss=lambda out, y: 1 * F.cross_entropy(out, y))),
+        ("loss", make(model, data, loss=lambda out, y: 2 * F.cross_entropy(out, y))),
+        ("loss", make(model, data, loss=partial(F.cross_entropy, label_smoothing=0.1))),
+        ("loss", make(model, data, loss=partial(F.cross_entropy, label_smoothing=0.2))),
+        ("loss", make(model, data, loss=nn.CrossEntropyLoss())),
+        ("options", make(model, data, renormalize=False)),
+        ("options", make(model, data, bits=(2, 3))),
+        ("options", make(model, data, activation_bits=(4, 8))),
+        ("options", make(model, data, fixed={})),
+        ("options", make(model, data, fixed={"point.weight": 8})),
+        ("", make(model, data, calibrate="minmax")),
+        ("", make(model, data, mixture_bits=16)),
     ]
-    assert len({first, *(ev.fingerprint for ev in others)}) == 1 + len(others)
+    monkeypatch.setattr(smpq_ext, "__version__", "0.0.1")
+    others.append(("versions", make(model, data)))
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "__version__", "2.0.0")
+    others.append(("versions", make(model, data)))
+    assert len({first.fingerprint, *(ev.fingerprint for _, ev in others)}) == 1 + len(others)
+    for parts, ev in others:
+        differ = {part for part, digest in ev.digests.items() if digest != first.digests[part]}
+        consequences = {"grids", "kernels"}  # of what else was changed
+        assert differ - consequences == set(parts.split()) and differ
 
 
 def test_a_default_dtype_of_the_users_changes_nothing() -> None:

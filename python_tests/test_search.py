@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import signal
@@ -55,6 +56,29 @@ def test_the_same_seed_gives_the_same_plan_and_a_store_answers_the_second_time(n
     assert first.plan.to_json() == second.plan.to_json() == third.plan.to_json()
     assert first.evaluations == second.evaluations
     assert _rows(tmp_path / "evaluations.sqlite") == count
+
+
+def test_a_store_of_another_study_is_not_used_and_told_what_differs(
+    net: Net, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "evaluations.sqlite"
+    cheap = functools.partial(run, method="uniform", store=path)
+    cheap(net)
+    cheap(net, seed=1)
+    assert "another study" not in caplog.text
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        other.norms[0].running_mean += 0.1
+    stale = cheap(other)
+    assert "another study and not used; these differ: grids, weights" in caplog.text
+    assert stale.plan.to_json() == run(other, method="uniform").plan.to_json()
+    assert stale.measured_loss == run(other, method="uniform").measured_loss
+    caplog.clear()
+    cheap(other, renormalize=False)
+    assert "these differ: options\n" in caplog.text
+    caplog.clear()
+    cheap(net)
+    assert "another study" not in caplog.text
 
 
 def test_seconds_become_evaluations_once(net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

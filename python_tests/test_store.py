@@ -3,6 +3,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smpq_ext.core import Slot, SmpqError, Space
-from smpq_ext.store import MemoryStore, Recorded, SqliteStore
+from smpq_ext.store import MemoryStore, Recorded, SqliteStore, differences
 
 ROOT = Path(__file__).parent.parent
 
@@ -266,6 +267,86 @@ class TestRecorded:
     def test_other_shapes_are_refused(self, wrong):
         with pytest.raises(ValueError, match="rows: expected"):
             recorded()[1](wrong)
+
+
+EVERY = np.array([[a, b, c] for a in range(3) for b in range(2) for c in range(3)], np.int8)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The bytes of a store of several pages and of the journal beside it, as a kill in a transaction leaves them."""
+    path = tmp_path_factory.mktemp("damage") / "store.db"
+    with closing(SqliteStore(path)) as store:
+        recorded(store)[1](EVERY[::2])
+        store.append("fake", {b"m" + bytes([i]) * 32: np.arange(2.0) for i in range(99)})
+        writer = store._database
+        writer.execute("PRAGMA cache_size = 1")  # pages reach the file before the end
+        writer.execute("BEGIN IMMEDIATE")
+        writer.executemany("INSERT INTO evaluations VALUES ('fake', ?, x'', x'')", [(bytes([i]),) for i in range(99)])
+        found = path.read_bytes(), path.with_name("store.db-journal").read_bytes()
+        writer.execute("ROLLBACK")
+    assert len(found[0]) > 3 * 4096 and len(found[1]) > 4096
+    return found
+
+
+def computed(database, journal):
+    """How many rows are computed when all are asked of these files, and when they are asked again."""
+    counts = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "store.db"
+        path.write_bytes(database)
+        path.with_name("store.db-journal").write_bytes(journal)
+        for _ in range(2):
+            with closing(SqliteStore(path)) as store:
+                evaluator, memory = recorded(store)
+                np.testing.assert_array_equal(memory.by_group(EVERY), evaluator.by_group(EVERY))
+                counts.append(memory.computed)
+    return counts
+
+
+def test_a_transaction_that_was_cut_off_costs_what_it_would_have_added(files):
+    assert computed(*files) == [9, 0]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_damage_is_said_or_asked_again_and_no_value_is_wrong(files, data):
+    damaged = [bytearray(file) for file in files]
+    file = damaged[data.draw(st.integers(0, 1))]
+    if data.draw(st.booleans()):
+        del file[data.draw(st.integers(0, len(file))) :]
+    else:
+        places = st.tuples(st.integers(0, len(file) - 1), st.integers(1, 255))
+        for place, change in data.draw(st.lists(places, min_size=1, max_size=20)):
+            file[place] ^= change
+    try:
+        computed(*damaged)
+    except SmpqError as error:
+        assert str(error).startswith("store: ")
+
+
+def test_a_changed_bit_of_a_value_is_found(tmp_path):
+    path, value = tmp_path / "store.db", np.array([0.7310585786300049])
+    with closing(SqliteStore(path)) as store:
+        store.append("one", {b"key": value})
+    data = bytearray(path.read_bytes())
+    data[data.index(value.tobytes())] ^= 1
+    path.write_bytes(data)
+    with closing(SqliteStore(path)) as store, pytest.raises(SmpqError, match=r"damaged .*checksum"):
+        store.read("one")
+
+
+def test_a_study_is_told_from_the_nearest_that_is_known(tmp_path):
+    def digests(**changed):
+        return {part: f"{changed.get(part, 7):064x}"[::-1] for part in ("weights", "data", "loss")}
+
+    for store in (MemoryStore(), SqliteStore(tmp_path / "store.db")):
+        assert differences(store, "a", digests()) == ()
+        assert differences(store, "b", digests(loss=1, data=1)) == ("data", "loss")
+        assert differences(store, "c", digests(loss=1)) == ("loss",)
+        assert differences(store, "d", digests(loss=1, weights=2)) == ("weights",)
+        assert differences(store, "a", digests()) == differences(store, "d", digests()) == ()
+    store.close()
 
 
 class TestRecordedIsAnEvaluator(EvaluatorContract):

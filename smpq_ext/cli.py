@@ -268,7 +268,7 @@ class _Bar:
     def begin(self, study: Any) -> None:
         """Print what a search will take at most, from a measured evaluation."""
         self.study = study
-        for note in study.engine.notes:
+        for note in study.notes:
             typer.echo(f"note: {note}")
         for name, reason in study.engine.left_out.items():
             typer.echo(f"not quantized: {name}: {reason}")

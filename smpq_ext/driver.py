@@ -24,7 +24,7 @@ from smpq_ext.core import Answer, Evaluator, Method, Plan, Problem, Result, Smpq
 from smpq_ext.engine.apply import apply
 from smpq_ext.engine.evaluator import evaluator as make_evaluator
 from smpq_ext.solvers.milp import Milp
-from smpq_ext.store import MemoryStore, Recorded, SqliteStore
+from smpq_ext.store import MemoryStore, Recorded, SqliteStore, differences
 
 HOLDOUT_SHARE = 0.25
 EVALUATIONS_PER_SLOT = 30
@@ -159,15 +159,18 @@ class Study:
         )
         kept = store if isinstance(store, distributed.SharedStore) else distributed.kept(lambda: _store(store))
         self._opened = kept if isinstance(store, str | os.PathLike) else None
-        for note in self.engine.notes:
-            LOG.warning("%s", note)
-        for module, why in self.engine.left_out.items():
-            LOG.warning("not quantized: %s (%s)", module, why)
 
         def recorded(evaluator: Evaluator) -> Recorded:
             return Recorded(distributed.shared(evaluator), kept)
 
         self._whole = recorded(self.engine)
+        self.notes: tuple[str, ...] = self.engine.notes
+        if differ := differences(kept, self.engine.fingerprint, self.engine.digests):
+            self.notes += (f"store: what it holds is of another study and not used; these differ: {', '.join(differ)}",)
+        for note in self.notes:
+            LOG.warning("%s", note)
+        for module, why in self.engine.left_out.items():
+            LOG.warning("not quantized: %s (%s)", module, why)
         self._parts = [recorded(part) for part in parts if part is not None]
         if seconds is not None:
             evaluations = self._affordable(seconds, kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
@@ -14,13 +15,14 @@ from numpy.typing import NDArray
 
 from smpq_ext.core import Assignments, Evaluator, Mixtures, SmpqError, Store, Values
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class SqliteStore:
     """Evaluations in an SQLite file that several processes may share; what `append` returned from survives a crash.
 
-    Raises SmpqError where the file cannot be opened or written, is no such database, or has another schema version.
+    Raises SmpqError where the file cannot be opened or written, is no such database, is damaged (every row has a
+    checksum, which SQLite's own pages have not), or has another schema version.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -44,8 +46,8 @@ class SqliteStore:
                 (tables,) = self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()
                 if version == 0 and tables == 0:
                     self._database.execute(
-                        "CREATE TABLE evaluations (study TEXT, key BLOB, groups BLOB, PRIMARY KEY (study, key)) "
-                        "WITHOUT ROWID"
+                        "CREATE TABLE evaluations (study TEXT, key BLOB, groups BLOB, checksum BLOB, "
+                        "PRIMARY KEY (study, key)) WITHOUT ROWID"
                     )
                     self._database.execute(f"PRAGMA user_version = {SCHEMA}")
                     version = SCHEMA
@@ -63,15 +65,20 @@ class SqliteStore:
     def read(self, study: str) -> dict[bytes, NDArray[np.float64]]:
         """All that is known of the study: key to values [groups]."""
         with self._clear_errors():
-            rows = self._database.execute("SELECT key, groups FROM evaluations WHERE study = ?", (study,)).fetchall()
-            return {key: np.frombuffer(groups, "<f8").astype(np.float64) for key, groups in rows}
+            rows = self._database.execute(
+                "SELECT key, groups, checksum FROM evaluations WHERE study = ?", (study,)
+            ).fetchall()
+            if any(checksum != _checksum(study, key, groups) for key, groups, checksum in rows):
+                raise ValueError("a row does not have its checksum")
+            return {key: np.frombuffer(groups, "<f8").astype(np.float64) for key, groups, _ in rows}
 
     def append(self, study: str, rows: Mapping[bytes, NDArray[np.float64]]) -> None:
         """Add rows, values [groups] by key, in one transaction; a key that is known keeps its first values."""
-        data = [(study, key, np.asarray(groups, "<f8").tobytes()) for key, groups in rows.items()]
+        values = {key: np.asarray(groups, "<f8").tobytes() for key, groups in rows.items()}
+        data = [(study, key, groups, _checksum(study, key, groups)) for key, groups in values.items()]
         with self._clear_errors(), self._database:
             self._database.execute("BEGIN IMMEDIATE")
-            self._database.executemany("INSERT OR IGNORE INTO evaluations VALUES (?, ?, ?)", data)
+            self._database.executemany("INSERT OR IGNORE INTO evaluations VALUES (?, ?, ?, ?)", data)
 
     def close(self) -> None:
         """Close the file; the store cannot be used any more."""
@@ -84,7 +91,14 @@ class SqliteStore:
         except sqlite3.OperationalError as error:
             raise SmpqError(f"store: cannot use {self.path} ({error})") from error
         except (sqlite3.DatabaseError, ValueError) as error:
-            raise SmpqError(f"store: {self.path} is damaged or no store of this library ({error})") from error
+            raise SmpqError(
+                f"store: {self.path} is damaged or no store of this library ({error}); name another file"
+            ) from error
+
+
+def _checksum(study: str, key: bytes, groups: bytes) -> bytes:
+    # of the repr, for damage may turn bytes into another type or move them from one column into the next
+    return hashlib.sha256(repr((study, key, groups)).encode()).digest()[:8]
 
 
 class MemoryStore:
@@ -102,6 +116,22 @@ class MemoryStore:
         known = self._studies.setdefault(study, {})
         for key, groups in rows.items():
             known.setdefault(key, np.array(groups, np.float64))
+
+
+def differences(store: Store, fingerprint: str, digests: Mapping[str, str]) -> tuple[str, ...]:
+    """The parts that tell a study from the nearest other one in the store, none where it is known; keeps its digests.
+
+    digests: part -> hexadecimal digest.
+    """
+    names = sorted(digests)
+    study, key = f"digests of {', '.join(names)}", fingerprint.encode()
+    own = np.array([float(int(digests[name][:12], 16)) for name in names])  # 48 bits: any store can keep them exactly
+    known = store.read(study)
+    if key in known:
+        return ()
+    store.append(study, {key: own})
+    apart = [own != other for other in known.values()]
+    return tuple(itertools.compress(names, min(apart, key=np.count_nonzero))) if apart else ()
 
 
 class Recorded:

@@ -139,7 +139,7 @@ class TorchEvaluator:
             if self.loss_fn is losses.kl:
                 reference = [losses.log_probabilities(self._executor.forward(b, 0, b.size)) for b in batches]
                 batches = tuple(Batch(b.inputs, r, b.size) for b, r in zip(batches, reference, strict=True))
-        self._identity = self._model_digest(layers, losses.identity(self.loss_fn))
+        self.digests = self._model_digests(losses.identity(self.loss_fn))
         self._bind(batches)
 
     def __call__(self, mixtures: Mixtures | Assignments) -> Values:
@@ -254,7 +254,7 @@ class TorchEvaluator:
             batches = tuple(Batch(b.inputs, self._executor.forward(b, 0, b.size), b.size) for b in self.batches)
         other = copy.copy(self)
         other.loss_fn, other.peak_bytes = loss, 0
-        other._identity = f"{self._identity}{losses.identity(loss)}"
+        other.digests = {**self.digests, "loss": _digest(self.digests["loss"], losses.identity(loss))}
         other._bind(batches)
         return other
 
@@ -272,8 +272,9 @@ class TorchEvaluator:
                 dataclasses.replace(p, batch=0, start=offset[p.batch] + p.start, stop=offset[p.batch] + p.stop)
                 for p in self._parts
             )
-        data = samples.digest([(b.inputs, None if self.loss_fn is losses.kl else b.targets, b.size) for b in batches])
-        self.fingerprint = hashlib.sha256(f"{self._identity}{data}{self.renormalize}".encode()).hexdigest()
+        data = [(b.inputs, None if self.loss_fn is losses.kl else b.targets, b.size) for b in batches]
+        self.digests = {**self.digests, "data": samples.digest(data)}
+        self.fingerprint = _digest(*sorted(self.digests.items()))
         if not measure:
             return
         with quiet(self.device):
@@ -447,20 +448,24 @@ class TorchEvaluator:
             )
         return rows
 
-    def _model_digest(self, layers: list[Layer], loss: str) -> str:
+    def _model_digests(self, loss: str) -> dict[str, str]:
+        """What tells this study from others, but for the data: part to sha256."""
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        sha = hashlib.sha256()
         modules = dict(self.model.named_modules())
         state = [(name, type(m).__qualname__, m.extra_repr(), losses.settings(m)) for name, m in modules.items()]
         code = sorted({losses.source(type(m)) for m in modules.values()})
         lockstep = self._executor.lockstep
         path = "swap" if lockstep is None else (lockstep.paths(), sorted(lockstep.attentions))
-        versions = (smpq_ext.__version__, torch.__version__, self.device.type, ops.compiled, path)
-        for piece in (versions, state, code, self.space, loss):
-            sha.update(repr(piece).encode())
         tables = [(name, g.scale, g.zero_point, g.quant_min, g.quant_max) for name, g in self.slot_grids.items()]
-        sha.update(samples.digest([list(tensors), list(tensors.values()), tables]).encode())
-        return sha.hexdigest()
+        return {
+            "model": _digest(state, code),
+            "weights": samples.digest([list(tensors), list(tensors.values())]),
+            "loss": _digest(loss),
+            "options": _digest(self.space, self.renormalize),
+            "grids": samples.digest(tables),
+            "kernels": _digest(path),
+            "versions": _digest(smpq_ext.__version__, torch.__version__, self.device.type, ops.compiled),
+        }
 
 
 def _captured(
@@ -475,6 +480,10 @@ def _captured(
         return why
     except Exception as error:  # the model itself runs: whatever capturing stumbles over, it can do without
         return Uncapturable(repr(error))
+
+
+def _digest(*pieces: Any) -> str:
+    return hashlib.sha256(repr(pieces).encode()).hexdigest()
 
 
 def _per_row(x: Any, n: int, size: int) -> Any:
