@@ -313,9 +313,9 @@ def main() -> None:
     save_table(
         "sampling_goal",
         summary(table),
-        "What it takes to come down to an error, read between the budgets of sampling.md on a line of logarithms: 0.01, "
-        "or in games of accuracies a tenth above the least that the sampler of SMPQ ('truncated') came to. \"gradient "
-        'passes": the seconds in units of one pass that scores all slots by squared gradients (method \'gradient\').',
+        "What it takes to come down to an error, read between the budgets of sampling.md on a line of logarithms: "
+        "0.01, or in games of accuracies a tenth above the least that the sampler of SMPQ (truncated) came to. Gradient "
+        "passes: the seconds in units of one pass that scores all slots by squared gradients, as the method gradient.",
     )
     figure = curves(table)
     FigureCanvasSVG(figure).print_svg(RESULTS / "sampling.svg", metadata={"Date": None})

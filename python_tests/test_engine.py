@@ -389,6 +389,45 @@ class TestTorchEvaluator(EvaluatorContract):
     """Its contract."""
 
 
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_derivatives_are_slopes_where_the_network_is_smooth_in_its_weights(renormalize: bool) -> None:
+    """Of weights only, no rounding is passed through on the way from a mixture to the loss."""
+    model, data = build("Branches", 0)
+    ev = smpq_ext.evaluator(model, data, bits=(2, 4), activation_bits=(), renormalize=renormalize, fixed={})
+    mixture = np.full((1, *ev.space.mask.shape), 0.5, np.float32)
+    found = ev.derivatives(mixture)[0]
+    for slot in range(len(ev.slots)):
+        ends = np.repeat(mixture, 2, axis=0)
+        ends[:, slot] += np.array([[-0.01, 0.01], [0.01, -0.01]], np.float32)
+        low, high = ev(ends)
+        assert (high - low) / 0.02 == pytest.approx(found[slot, 0] - found[slot, 1], rel=0.1, abs=2e-4)
+
+
+def test_derivatives_are_of_a_few_samples_spread_over_the_batches() -> None:
+    model, data = build("Branches", 0, (150, 50))
+    ev = smpq_ext.evaluator(model, data, bits=(2, 4), activation_bits=(), renormalize=False)
+    few = [(x[::4], y[::4]) for x, y in data]  # of 200 samples at most 64
+    other = smpq_ext.evaluator(model, few, bits=(2, 4), activation_bits=(), renormalize=False)
+    mixture = np.full((1, *ev.space.mask.shape), 0.5, np.float32)
+    np.testing.assert_allclose(ev.derivatives(mixture), other.derivatives(mixture), rtol=1e-5)
+
+
+def test_a_loss_without_gradient_has_derivatives_of_zero() -> None:
+    model, data = build("Branches", 0)
+
+    def mistakes(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.argmax(-1) != targets).float().mean()
+
+    ev = smpq_ext.evaluator(model, data, bits=(2, 4), loss=mistakes)
+    assert (ev.derivatives(np.full((1, *ev.space.mask.shape), 0.5, np.float32)) == 0).all()
+
+
+def test_groups_that_depend_on_other_samples_are_no_parts() -> None:
+    model, data = build("Branches", 0)
+    ev = smpq_ext.evaluator(model, data, bits=BITS, renormalize=True)
+    assert len(ev.groups) > 1 and ev.parts() == (ev,)
+
+
 # --- losses, groups, splits, fingerprints ----------
 
 

@@ -296,15 +296,16 @@ class TestControl:
         assert 0.90 < np.mean(covered) < 0.995
 
 
-class TestInteractions:
-    INDICES = {"shapley": "SII", "banzhaf": "BII", "faithful": "FSII"}
+INDICES = {"shapley": "SII", "banzhaf": "BII", "faithful": "FSII"}  # our name -> shapiq's
 
+
+class TestInteractions:
     @pytest.mark.parametrize("index", INDICES)
     def test_once_everything_is_asked_they_are_those_of_shapiq(self, index):
         shapiq = pytest.importorskip("shapiq")
         game = Arbitrary(7)
         found = last("interactions", game, 10**6, index=index)
-        exact = shapiq.ExactComputer(lambda rows: game(np.atleast_2d(rows)), 7)(index=self.INDICES[index], order=2)
+        exact = shapiq.ExactComputer(lambda rows: game(np.atleast_2d(rows)), 7)(index=INDICES[index], order=2)
         for i, j in itertools.combinations(range(7), 2):
             assert found.pairs[i, j] == pytest.approx(exact[(i, j)], abs=1e-8)
         np.testing.assert_allclose(found.pair_errors, 0, atol=1e-9)

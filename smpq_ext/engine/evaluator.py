@@ -186,7 +186,7 @@ class TorchEvaluator:
         with quiet(self.device), self._executor.loaded(self._rows(np.asarray(assignment)[None])):
             found = self._executor.statistics = {}
             try:
-                for batch in self._run_batches:
+                for batch in self.run_batches:
                     self._executor.forward(batch, 0, batch.size)
             finally:
                 self._executor.statistics = None
@@ -264,9 +264,9 @@ class TorchEvaluator:
         """Take these samples; where memory and loss need no measuring, they are some of those that it had."""
         self.batches = batches
         self._parts, self.groups = samples.parts(batches, functools.partial(losses.weight, self.loss_fn))
-        self._run_batches = batches
+        self.run_batches = batches
         if self.renormalize:
-            self._run_batches = (samples.concatenate(batches),)
+            self.run_batches = (samples.concatenate(batches),)
             offset = [0, *itertools.accumulate(b.size for b in batches)]
             self._parts = tuple(
                 dataclasses.replace(p, batch=0, start=offset[p.batch] + p.start, stop=offset[p.batch] + p.stop)
@@ -286,7 +286,7 @@ class TorchEvaluator:
 
     def _chunks(self) -> None:
         """How many rows and samples one forward takes, from the bytes that a single row of few samples occupies."""
-        batch = max(self._run_batches, key=lambda b: b.size)
+        batch = max(self.run_batches, key=lambda b: b.size)
         few = batch.size if not self._folds else min(batch.size, 4)
         assignment = self.space.one_hot(self.space.highest()[None])
         sample_bytes = loaded = 0
@@ -297,7 +297,7 @@ class TorchEvaluator:
             sample_bytes = max(sample_bytes, -(-(meter.peak - kept) // few))
         result = sum(x.numel() * x.element_size() for x in tree_leaves(outputs) if isinstance(x, Tensor))
         memory = free_memory(self.device) // 4 if self._memory is None else self._memory
-        count = max(b.size for b in self._run_batches)
+        count = max(b.size for b in self.run_batches)
         lockstep = self._executor.lockstep is not None
         images = memory // max(1, sample_bytes)
         whole = self.renormalize or not self._folds
@@ -344,7 +344,7 @@ class TorchEvaluator:
         n = max(1, self._executor.rows)
         torch.manual_seed(0)  # a model that draws numbers draws the same ones whichever rows are asked together
         out: list[Tensor] = []
-        for b, batch in enumerate(self._run_batches):
+        for b, batch in enumerate(self.run_batches):
             waiting = [p for p in self._parts if p.batch == b]
             pieces: list[tuple[int, int, Any]] = []  # outputs of samples [start, stop), as long as a part needs them
             for start, stop in samples.pieces(batch.size, self._samples, MERGE):
@@ -399,7 +399,7 @@ class TorchEvaluator:
         row, k = np.argwhere(~np.isfinite(loss))[0]
         if chunk is None and (given := samples.non_finite(self.batches)):
             raise SmpqError(f"data: {given}, and the loss of the float model is {loss[row, k]}; leave the sample out")
-        batch = self._run_batches[self._parts[k].batch]
+        batch = self.run_batches[self._parts[k].batch]
         rows = contextlib.nullcontext() if chunk is None else self._executor.loaded(chunk[row : row + 1], False)
         with rows:
             where = self._executor.first_non_finite(batch, 0, batch.size)

@@ -90,7 +90,7 @@ def derivatives(engine: TorchEvaluator, mixtures: Mixtures) -> NDArray[np.float6
     for name in engine.norms:  # batch statistics
         net.model.get_submodule(name).train()
     total = sum(batch.size for batch in engine.batches)
-    parts = [batch.take(torch.arange(0, batch.size, -(-total // FEW))) for batch in engine.batches]
+    parts = [batch.take(torch.arange(0, batch.size, -(-total // FEW))) for batch in engine.run_batches]
     shares = [losses.weight(engine.loss_fn, part.targets, part.size) for part in parts]
     found = np.zeros(mixtures.shape)
     for k, mixture in enumerate(mixtures):
