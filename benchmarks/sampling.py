@@ -49,7 +49,7 @@ from smpq_ext.engine.gradients import squared_gradients
 from smpq_ext.games import IntervalGame
 from smpq_ext.store import Recorded, SqliteStore
 
-TRUTH = 300  # evaluations for each player, in each of two runs
+TRUTH = 250  # evaluations for each player, in each of two runs
 TIMES = (2, 3, 5, 7, 10, 20, 50)  # evaluations for each player
 TIMED = 10  # of which one is timed without what is kept
 PAPER = "truncated"  # of accuracies only, and what the goal of those games comes from
@@ -314,8 +314,8 @@ def main() -> None:
         "sampling_goal",
         summary(table),
         "What it takes to come down to an error, read between the budgets of sampling.md on a line of logarithms: "
-        "0.01, or in games of accuracies a tenth above the least that the sampler of SMPQ (truncated) came to. Gradient "
-        "passes: the seconds in units of one pass that scores all slots by squared gradients, as the method gradient.",
+        "0.01, or in games of accuracies a tenth above the least that the sampler of SMPQ (truncated) came to. "
+        "Gradient passes: seconds in units of a pass that scores all slots by squared gradients (method gradient).",
     )
     figure = curves(table)
     FigureCanvasSVG(figure).print_svg(RESULTS / "sampling.svg", metadata={"Date": None})
