@@ -130,8 +130,8 @@ def differences(store: Store, fingerprint: str, digests: Mapping[str, str]) -> t
     if key in known:
         return ()
     store.append(study, {key: own})
-    apart = [own != other for other in known.values()]
-    return tuple(itertools.compress(names, min(apart, key=np.count_nonzero))) if apart else ()
+    apart = [(own != other).tolist() for other in known.values()]
+    return tuple(itertools.compress(names, min(apart, key=sum))) if apart else ()
 
 
 class Recorded:

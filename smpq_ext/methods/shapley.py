@@ -279,25 +279,30 @@ class _Missed:
 
 
 def _missed(near: _Neighbourhood, count: int, apart: Evaluator, on_search: Scores, on_apart: Scores) -> _Missed:
-    """Share of the variance of the loss near the budget that a line through the additive prediction leaves unexplained.
-
-    From `count` of the assignments that the game asked, evenly spread, so that both sides of the plan are among them.
-    Both factors of the covariance come from different samples, so the noise of neither enters its mean.
-    """
+    """Of `count` of the assignments that the game asked, evenly spread: both sides of the plan are among them."""
     count = min(count, len(near.rows) - 2)
     index = np.linspace(2, len(near.rows) - 1, count).round().astype(int)
     rows = near.rows[index]
-    searched, held = -near.values[index], -apart(rows)
-    residuals = []
-    for measured, scores in ((searched, on_search), (held, on_apart)):
-        line = np.stack([np.ones(count), scores.predict(rows)], axis=1)
+    predicted = on_search.predict(rows), on_apart.predict(rows)
+    return _Missed(*missed_share((-near.values[index], -apart(rows)), predicted))
+
+
+def missed_share(losses: tuple[Values, Values], predicted: tuple[Values, Values]) -> tuple[float, float]:
+    """Share of the variance of the loss that a line through the prediction leaves unexplained, and its standard error.
+
+    Losses and predictions [n] of the same assignments on two disjoint sets of samples: both factors of a covariance
+    come from different samples, so the noise of neither enters its mean.
+    """
+    count, residuals = len(losses[0]), []
+    for measured, additive in zip(losses, predicted, strict=True):
+        line = np.stack([np.ones(count), additive], axis=1)
         residuals.append(measured - line @ np.linalg.lstsq(line, measured, rcond=None)[0])
     products = residuals[0] * residuals[1]
-    total = float(np.cov(searched, held)[0, 1])
-    if total <= 1e-12 * float(np.mean(searched**2)):
-        return _Missed(0.0, 0.0)  # the loss near the budget is the same everywhere, as far as both parts can tell
+    total = float(np.cov(*losses)[0, 1])
+    if total <= 1e-12 * float(np.mean(losses[0] ** 2)):
+        return 0.0, 0.0  # the loss is the same everywhere, as far as both parts can tell
     # Two coefficients were fitted.
-    return _Missed(float(products.sum()) / (count - 2) / total, float(products.std(ddof=1)) / np.sqrt(count) / total)
+    return float(products.sum()) / (count - 2) / total, float(products.std(ddof=1)) / np.sqrt(count) / total
 
 
 def _combine(search: Scores, apart: Scores, share: float) -> Scores:
