@@ -21,7 +21,7 @@ SHARES = (0.0, 0.03, 0.1, 0.3, 0.6, 0.9)  # of the prior variance that triples h
 NOISES = (1e-10, 1e-7, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # variance of what is neither, in units of the prior's
 APART = (0.0, 0.03, 0.1, 0.3, 1.0)  # prior variance of what one part of the samples has to itself, in the same units
 LEVEL = 100.0  # prior variance of a surrogate, in the same units: its coefficient is free
-CHOOSE = 600  # so many pairs tell which of them it is
+CHOOSE = 300  # so many pairs tell which of them it is
 END = 1e-4  # noise of the pair of all and none, in units of the others': its gap is the sum of the values
 
 
