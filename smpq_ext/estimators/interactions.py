@@ -22,7 +22,7 @@ __all__ = ["Interactions"]
 INDICES = ("shapley", "banzhaf", "faithful")
 SHARES = (0.0, 0.1, 0.3, 0.6)  # of the prior variance that sets of four have
 NOISES = (1e-10, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-CHOOSE = 600  # so many pairs of coalitions tell which of them it is
+CHOOSE = 300  # so many pairs of coalitions tell which of them it is
 LEVEL = 100.0  # prior variance of the constant, in units of the others'
 
 
