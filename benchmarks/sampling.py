@@ -3,11 +3,12 @@
 "interval": from every slot at 2 bits to every slot at 8; "near b": every slot a step below or above b bits; weights and
 activations from {2, 3, 4, 6, 8} bits, the value is minus the cross entropy on 256 images (MobileNet v1: 32), or, where
 it says so, the accuracy, as the sampler of SMPQ wants it ('truncated'). "synthetic": sums of products of 1 to k random
-players. "n": players. "budget": evaluations allowed, "m": made. "error": relative squared error, sum of squares of the difference from the
-truth by that of the truth, mean ± standard error over the seeds. "tau": Kendall's, of the ranks. "seconds": m times
-what an evaluation of this estimator's coalitions takes on our engine, and the estimator's own time. "B2 seconds": the
-same evaluations by a loop over torch's own ops (benchmarks/baselines.py). The truth is exact for synthetic games, else
-the mean of two long runs of antithetic permutations; "truth": what its own error is, as they show it.
+players. "n": players. "budget": evaluations allowed, "m": made. "error": relative squared error, sum of squares of the
+difference from the truth by that of the truth, mean ± standard error over the seeds. "tau": Kendall's, of the ranks.
+"seconds": m times what an evaluation of this estimator's coalitions takes on our engine, and the estimator's own time.
+"B2 seconds": the same evaluations by a loop over torch's own ops (benchmarks/baselines.py). The truth is exact for
+synthetic games, else the mean of two long runs of antithetic permutations; "truth": what its own error is, as they show
+it.
 
     python -m benchmarks.sampling [--seeds 3] [--games "near 3" ...] [--most 50]
 
