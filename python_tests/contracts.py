@@ -349,10 +349,13 @@ class FakeEvaluator:
             slope = slope + (mixtures * damage).sum(axis=2) @ (self.pairs + self.pairs.T)
         return -slope[:, :, None] * damage * (self.factors @ self.groups)
 
-    def parts(self):
-        if len(self.groups) == 1:
-            return (self,)
-        return tuple(FakeEvaluator(self.space, self.damage, self.pairs, (1.0,), 8, [f]) for f in self.factors)
+    def parts(self, most):
+        if len(self.groups) == 1 or most < len(self.groups):
+            return ((1.0, self),)
+        return tuple(
+            (share, FakeEvaluator(self.space, self.damage, self.pairs, (1.0,), 8, [f]))
+            for share, f in zip(self.groups.tolist(), self.factors, strict=True)
+        )
 
     def __call__(self, mixtures):
         return self.by_group(mixtures) @ self.groups
@@ -391,16 +394,23 @@ class EvaluatorContract:
         assert evaluator(self.rows(evaluator, 0)).shape == (0,)
 
     def test_parts_are_the_groups(self, evaluator):
-        parts = evaluator.parts()
+        parts = evaluator.parts(100)
         if len(parts) == 1:
-            assert parts == (evaluator,)
+            assert parts == ((1.0, evaluator),)
             return
         rows = self.rows(evaluator)
         of_groups = evaluator.by_group(rows)
-        assert len(parts) == of_groups.shape[1]
-        for part, expected in zip(parts, of_groups.T, strict=True):
+        assert [share for share, _ in parts] == pytest.approx(evaluator.groups)
+        for (_, part), expected in zip(parts, of_groups.T, strict=True):
             np.testing.assert_allclose(part(rows), expected, rtol=1e-5)
-        assert len({evaluator.fingerprint, *(part.fingerprint for part in parts)}) == len(parts) + 1
+        assert len({evaluator.fingerprint, *(part.fingerprint for _, part in parts)}) == len(parts) + 1
+
+    @pytest.mark.parametrize("most", [1, 2, 3])
+    def test_few_parts_have_the_value_as_their_mean(self, evaluator, most):
+        parts, rows = evaluator.parts(most), self.rows(evaluator)
+        assert len(parts) <= most
+        found = sum(share * part(rows) for share, part in parts)
+        np.testing.assert_allclose(found, evaluator(rows), rtol=1e-5)
 
     def test_derivatives_are_finite_numbers_for_what_exists(self, evaluator):
         space = evaluator.space

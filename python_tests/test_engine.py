@@ -425,7 +425,7 @@ def test_a_loss_without_gradient_has_derivatives_of_zero() -> None:
 def test_groups_that_depend_on_other_samples_are_no_parts() -> None:
     model, data = build("Branches", 0)
     ev = smpq_ext.evaluator(model, data, bits=BITS, renormalize=True)
-    assert len(ev.groups) > 1 and ev.parts() == (ev,)
+    assert len(ev.groups) > 1 and ev.parts(8) == ((1.0, ev),)
 
 
 # --- losses, groups, splits, fingerprints ----------

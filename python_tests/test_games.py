@@ -70,13 +70,13 @@ class TestInterval:
     def test_parts_are_games_whose_mean_it_is(self):
         game = IntervalGame(FakeEvaluator(SPACE, DAMAGE, groups=(0.2, 0.3, 0.5)), SPACE.lowest(), SPACE.highest())
         coalitions = all_coalitions(game.players)
-        parts = game.parts()
+        parts = game.parts(8)
         assert [share for share, _ in parts] == [0.2, 0.3, 0.5]
         values = sum(share * part(coalitions) for share, part in parts)
         assert game.spent == len(coalitions)  # every part counts for its share
         np.testing.assert_allclose(values, game(coalitions), rtol=1e-12)
         alone = IntervalGame(FakeEvaluator(SPACE, DAMAGE, groups=(1.0,)), SPACE.lowest(), SPACE.highest())
-        assert alone.parts() == ((1.0, alone),)
+        assert alone.parts(8) == ((1.0, alone),)
 
     def test_derivatives_are_the_slopes_of_the_shares(self):
         pairs = np.random.default_rng(0).normal(size=(4, 4))

@@ -193,8 +193,11 @@ class Evaluator(Protocol):
     def derivatives(self, mixtures: Mixtures) -> NDArray[np.float64]:
         """Of the value by the shares of mixtures [n, slots, candidates], as well as a backward pass tells them."""
 
-    def parts(self) -> Sequence[Evaluator]:
-        """One for each group of samples; itself alone where the value of a group depends on the other samples."""
+    def parts(self, most: int) -> Sequence[tuple[float, Evaluator]]:
+        """At most so many, each on groups of samples of its own, with its share of the value.
+
+        It is itself alone where the value of a sample depends on the others.
+        """
 
 
 class Game(Protocol):

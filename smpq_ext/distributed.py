@@ -131,10 +131,10 @@ class SharedEvaluator:
 
         return np.frombuffer(_by_first(work)[0], "<f8").astype(np.float64).reshape(mixtures.shape)
 
-    def parts(self) -> tuple[SharedEvaluator, ...]:
-        """One for each group of samples; itself alone where the value of a group depends on the other samples."""
-        parts = self.evaluator.parts()
-        return (self,) if len(parts) == 1 else tuple(SharedEvaluator(part) for part in parts)
+    def parts(self, most: int) -> tuple[tuple[float, SharedEvaluator], ...]:
+        """At most so many, each on groups of samples of its own, with its share of the value."""
+        parts = self.evaluator.parts(most)
+        return ((1.0, self),) if len(parts) == 1 else tuple((share, SharedEvaluator(part)) for share, part in parts)
 
 
 class SharedStore:

@@ -26,21 +26,21 @@ class IntervalGame:
             raise SmpqError("interval game: low and high are the same assignment, there is nothing to attribute")
         self.players = len(self.slots)
         self._spent = 0.0
-        self._parts: tuple[IntervalGame, ...] = ()  # other than itself, once they are wanted
+        self._parts: tuple[tuple[float, IntervalGame], ...] = ()  # all that were wanted, with their shares
 
     @property
     def spent(self) -> int:
         """Coalitions asked; those of parts by their share of the samples."""
-        groups = self.evaluator.groups
-        return round(self._spent + sum(float(s) * part.spent for s, part in zip(groups, self._parts, strict=False)))
+        return round(self._spent + sum(share * part.spent for share, part in self._parts))
 
-    def parts(self) -> tuple[tuple[float, IntervalGame], ...]:
-        """Games on disjoint samples with their shares: the value is the mean of theirs; itself alone, if it cannot."""
-        if not self._parts and len(parts := self.evaluator.parts()) > 1:
-            self._parts = tuple(IntervalGame(part, self.low, self.high) for part in parts)
-        if not self._parts:
+    def parts(self, most: int) -> tuple[tuple[float, IntervalGame], ...]:
+        """At most so many games on samples of their own, with their shares: the value is the mean of theirs."""
+        parts = self.evaluator.parts(most)
+        if len(parts) == 1:
             return ((1.0, self),)
-        return tuple(zip(self.evaluator.groups.tolist(), self._parts, strict=True))
+        found = tuple((share, IntervalGame(part, self.low, self.high)) for share, part in parts)
+        self._parts += found
+        return found
 
     def assignments(self, coalitions: Coalitions) -> Assignments:
         """The assignments [n, slots] that the coalitions [n, players] stand for."""

@@ -153,19 +153,18 @@ class Recorded:
         self.groups = evaluator.groups
         self.rows_per_batch = evaluator.rows_per_batch
         self._asked = self._computed = 0.0
-        self._parts: tuple[Recorded, ...] = ()  # other than itself, once they are wanted
+        self._parts: tuple[tuple[float, Recorded], ...] = ()  # all that were wanted, with their shares
         self._store = store
         self._progress = progress
         self._known = store.read(self.fingerprint)
 
     @property
     def asked(self) -> int:
-        return round(self._asked + sum(float(s) * p.asked for s, p in zip(self.groups, self._parts, strict=False)))
+        return round(self._asked + sum(share * part.asked for share, part in self._parts))
 
     @property
     def computed(self) -> int:
-        of_parts = sum(float(s) * p.computed for s, p in zip(self.groups, self._parts, strict=False))
-        return round(self._computed + of_parts)
+        return round(self._computed + sum(share * part.computed for share, part in self._parts))
 
     def __call__(self, mixtures: Mixtures | Assignments) -> Values:
         """Mixtures [n, slots, candidates] or assignments [n, slots] to values [n]."""
@@ -209,11 +208,14 @@ class Recorded:
             known = known | fresh
         return np.array([known[key] for key in keys]).reshape(mixtures.shape)
 
-    def parts(self) -> tuple[Recorded, ...]:
-        """One for each group of samples; itself alone where the value of a group depends on the other samples."""
-        if not self._parts and len(parts := self.evaluator.parts()) > 1:
-            self._parts = tuple(Recorded(part, self._store) for part in parts)
-        return self._parts or (self,)
+    def parts(self, most: int) -> tuple[tuple[float, Recorded], ...]:
+        """At most so many, each on groups of samples of its own, with its share of the value."""
+        parts = self.evaluator.parts(most)
+        if len(parts) == 1:
+            return ((1.0, self),)
+        found = tuple((share, Recorded(part, self._store)) for share, part in parts)
+        self._parts += found
+        return found
 
     def _keys(self, rows: NDArray[Any]) -> list[bytes]:
         slots, width = len(self.space.slots), self.space.width_count

@@ -230,15 +230,23 @@ class TorchEvaluator:
         held[rng.permutation(total)[:apart]] = True
         return self._subset(~held), self._subset(held)
 
-    def parts(self) -> tuple[TorchEvaluator, ...]:
-        """One for each group of samples; itself alone where the value of a group depends on the other samples."""
-        if self.renormalize or not self._folds or len(self.groups) == 1:
-            return (self,)
+    def parts(self, most: int) -> tuple[tuple[float, TorchEvaluator], ...]:
+        """At most so many, each on groups of samples of its own, with its share of the value.
+
+        It is itself alone where the value of a sample depends on the others.
+        """
+        groups = np.flatnonzero(self.groups)
+        count = min(most, len(groups))
+        if self.renormalize or not self._folds or count < 2:
+            return ((1.0, self),)
         edges = np.cumsum([0, *(b.size for b in self.batches)])
         group = np.zeros(edges[-1], np.int64)
         for part in self._parts:
             group[edges[part.batch] + part.start : edges[part.batch] + part.stop] = part.group
-        return tuple(self._subset(group == k, measure=False) for k in range(len(self.groups)))
+        return tuple(
+            (float(self.groups[own].sum()), self._subset(np.isin(group, own), measure=False))
+            for own in np.array_split(groups, count)
+        )
 
     def _subset(self, kept: NDArray[np.bool_], measure: bool = True) -> TorchEvaluator:
         edges = np.cumsum([0, *(b.size for b in self.batches)])

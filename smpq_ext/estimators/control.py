@@ -14,6 +14,8 @@ from smpq_ext.estimators.leverage import ask_pairs, jackknife
 
 __all__ = ["Control"]
 
+MOST = 2000  # pairs that a regression may have: its time grows with their cube
+
 
 @dataclass(frozen=True)
 class Control:
@@ -25,10 +27,10 @@ class Control:
     surrogates cancel, beside the ridge of 'odd'. `weights` [players], where given, stand for the passes.
 
     Parts: where the value is a mean over groups of samples, every pair is asked on one group only, so that the same
-    work sees many more coalitions; what a group has to itself is as large as is likeliest. Each group counts for its
-    share of an evaluation, a backward pass for one.
+    work sees many more coalitions, 2,000 at most; what a group has to itself is as large as is likeliest. Each group
+    counts for its share of an evaluation, a backward pass for one.
 
-    A game tells these by `derivatives(points) -> [points, players]` and `parts() -> ((share, game), ...)`; without
+    A game tells these by `derivatives(points) -> [points, players]` and `parts(most) -> ((share, game), ...)`; without
     weights and both it is 'odd'. Standard errors are delete-one jackknife errors over the pairs. `batch` is about how
     many coalitions are asked at once.
 
@@ -45,7 +47,8 @@ class Control:
         """An attribution after every batch of pairs; arrays [players]."""
         ask = None if self.weights is not None else getattr(game, "derivatives", None)
         passes, weights = 0 if ask is None else self.points, self.weights
-        shares, parts = zip(*getattr(game, "parts", lambda: [(1.0, game)])(), strict=True)
+        most = max(1, MOST // max(budget // 2, 1))
+        shares, parts = zip(*(game.parts(most) if hasattr(game, "parts") else [(1.0, game)]), strict=True)
         least = -(-(game.players // 2 + 1) // len(parts))
         batch = max(self.batch // len(parts), 2)
         pairs = [
