@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -115,8 +116,8 @@ def test_chunk_sizes_do_not_change_the_plan(net: Net, renormalize: bool, monkeyp
 
 
 @pytest.mark.slow
-def test_killed_twenty_times_it_goes_on_and_repeats_at_most_one_batch_each(tmp_path: Path) -> None:
-    """Searches with a store, each killed at random moments until it finishes, until 20 kills have hit one."""
+def test_killed_at_a_hundred_moments_it_goes_on_and_loses_nothing_reported(tmp_path: Path) -> None:
+    """Searches with a store, each killed at random moments of its life until it finishes, until 100 kills have hit."""
     root = Path(__file__).parents[1]
     with subprocess.Popen(
         [sys.executable, root / "python_tests" / "killable.py"],
@@ -127,29 +128,34 @@ def test_killed_twenty_times_it_goes_on_and_repeats_at_most_one_batch_each(tmp_p
         env={**os.environ, "PYTHONPATH": str(root)},
     ) as server:
 
-        def killed(folder: Path, batches: int = 0, seconds: float = 0) -> bool:
-            """Whether a search was killed `seconds` after it began that many `batches` more; otherwise it finished."""
-            server.stdin.write(f"{folder} {batches} {seconds}\n")
+        def killed(folder: Path, seconds: float = 0) -> bool:
+            """Whether a search was killed so many seconds after its start; otherwise it finished."""
+            server.stdin.write(f"{folder} {seconds}\n")
             server.stdin.flush()
             status = int(server.stdout.readline())
             assert status in (0, signal.SIGKILL)
             return status != 0
 
-        def computed(folder: Path) -> list[int]:
-            return [int(line) for line in (folder / "rows").read_text().split()]
-
-        whole = tmp_path / "whole"
-        whole.mkdir()
-        assert not killed(whole)
-        asked = computed(whole)
-        rng, total = np.random.default_rng(0), 0
-        while total < 20:
-            folder, hits = Path(tempfile.mkdtemp(dir=tmp_path)), 0
-            while killed(folder, rng.integers(1, len(asked) // 2), rng.uniform(0, 0.02)):
+        for whole in (tmp_path / "first", tmp_path / "whole"):  # before the first the server has to start
+            whole.mkdir()
+            start = time.perf_counter()
+            assert not killed(whole)
+            life = time.perf_counter() - start
+        rng, hits = np.random.default_rng(0), 0
+        while hits < 100:
+            folder = Path(tempfile.mkdtemp(dir=tmp_path))
+            while killed(folder, rng.uniform(0.01, life)):
                 hits += 1
             assert (folder / "plan").read_text() == (whole / "plan").read_text()
-            assert sum(computed(folder)) <= sum(asked) + hits * max(asked)
-            total += hits
+            assert _evaluations(folder) == _evaluations(whole)
+            reported = (folder / "reported").read_text().splitlines()
+            assert len(set(reported)) == len(reported)  # nothing was computed again
+            assert set(reported) <= {f"{study} {key.hex()}" for study, key in _evaluations(folder)}
+
+
+def _evaluations(folder: Path) -> dict[tuple[str, bytes], bytes]:
+    with closing(sqlite3.connect(folder / "evaluations.sqlite")) as database:
+        return {(s, k): g for s, k, g in database.execute("SELECT study, key, groups FROM evaluations")}
 
 
 class OwnMethod:
