@@ -153,6 +153,24 @@ def test_killed_at_a_hundred_moments_it_goes_on_and_loses_nothing_reported(tmp_p
             assert set(reported) <= {f"{study} {key.hex()}" for study, key in _evaluations(folder)}
 
 
+@pytest.mark.slow
+def test_two_searches_with_one_store_at_once_find_what_one_finds(tmp_path: Path) -> None:
+    script = "import pathlib, sys, torch; torch.set_num_threads(1); import killable, test_methods; "
+    script += "r = killable.search(test_methods.trained(), pathlib.Path(sys.argv[1])); print(r.plan.to_json())"
+    room = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{room}{os.pathsep}{room.parent}"}
+
+    def start(folder: Path) -> subprocess.Popen[str]:
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, "-c", script, str(folder)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+    both = [start(tmp_path / "both"), start(tmp_path / "both")]
+    plans = [process.communicate()[0] for process in (*both, start(tmp_path / "one"))]
+    assert plans[0] == plans[1] == plans[2] != ""
+    assert _evaluations(tmp_path / "both") == _evaluations(tmp_path / "one")
+
+
 def _evaluations(folder: Path) -> dict[tuple[str, bytes], bytes]:
     with closing(sqlite3.connect(folder / "evaluations.sqlite")) as database:
         return {(s, k): g for s, k, g in database.execute("SELECT study, key, groups FROM evaluations")}
