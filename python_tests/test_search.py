@@ -176,6 +176,34 @@ def _evaluations(folder: Path) -> dict[tuple[str, bytes], bytes]:
         return {(s, k): g for s, k, g in database.execute("SELECT study, key, groups FROM evaluations")}
 
 
+class Normalised(torch.nn.Module):
+    """NaN where a layer gives nothing but zeros, as this one's does at 2 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.small, self.last = (torch.nn.Linear(8, n) for n in (8, 8, 4))
+        with torch.no_grad():
+            self.first.weight[0] = self.first.bias[0] = 0
+            self.small.weight.mul_(0.3)[:, 0] = 1  # a large weight for an input that is always 0
+            self.small.bias.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.small(self.first(x).relu())
+        return self.last(x / x.abs().amax(1, keepdim=True))
+
+
+@pytest.mark.parametrize("method", ["single", "shapley"])
+def test_a_loss_that_is_not_finite_stops_the_search_and_names_layer_and_width(method: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, data = Normalised(), [(torch.randn(64, 8), torch.randint(0, 4, (64,)))]
+    settings = {"bits": (2, 4, 8), "activation_bits": (), "evaluations": 200, "store": tmp_path / "store.sqlite"}
+    search = functools.partial(smpq_ext.search, net, data, budget="weight-bits=5", method=method, **settings)
+    for _ in range(2):  # it is not in the store as a value either
+        with pytest.raises(SmpqError, match=r"small\.weight at 2 bits.* is nan.*leaves last; .*fixed="):
+            search(fixed={})
+    assert search(fixed={"small": 8}).measured_loss < np.inf
+
+
 class OwnMethod:
     """A class where an object is wanted; its answer is none."""
 
