@@ -1,7 +1,8 @@
-"""Runs a search for each line "folder batches seconds" of standard input, in a forked child; tells its wait status.
+"""Runs a search for each line "folder seconds" of standard input, in a forked child; tells its wait status.
 
-The child is killed that many seconds after it has begun that many batches more; 0 batches: it is left alone. The parent
-never searches, so no child inherits a thread pool (HiGHS's or torch's) without its threads.
+The child is killed so many seconds after its start, or, with 0, left alone. The parent never searches, so no child
+inherits a thread pool (HiGHS's or torch's) without its threads; but it makes the evaluator, which takes longer than a
+search and touches no store. What `append` returned from is written to the file "reported".
 """
 
 from __future__ import annotations
@@ -13,22 +14,24 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from test_methods import samples, trained
 
 from smpq_ext import driver
 from smpq_ext.core import Result
-from smpq_ext.engine.evaluator import TorchEvaluator, evaluator
+from smpq_ext.engine.evaluator import evaluator
+from smpq_ext.store import SqliteStore
+
+BITS = (2, 3, 4, 8)
 
 
-def search(net: torch.nn.Module, folder: Path) -> Result:
+def search(net: torch.nn.Module, folder: Path, make: object = None) -> Result:
     """A search in many small batches, with its store in the folder."""
-    driver.make_evaluator = functools.partial(evaluator, memory=1 << 20)
+    driver.make_evaluator = make or functools.partial(evaluator, memory=1 << 20)
     return driver.search(
         net,
         [samples(96, 1)],
-        bits=(2, 3, 4, 8),
+        bits=BITS,
         budget="weight-bits=3,activation-bits=3",
         evaluations=250,
         loss="kl",
@@ -36,44 +39,38 @@ def search(net: torch.nn.Module, folder: Path) -> Result:
     )
 
 
-def child(net: torch.nn.Module, folder: Path) -> None:
-    by_group = TorchEvaluator.by_group
+def child(net: torch.nn.Module, engine: object, folder: Path) -> None:
+    append = SqliteStore.append
 
-    def logged(self: TorchEvaluator, rows: np.ndarray) -> np.ndarray:
-        with (folder / "rows").open("a") as file:
-            file.write(f"{len(rows)}\n")
-        return by_group(self, rows)
+    def logged(self: SqliteStore, study: str, rows: dict) -> None:
+        append(self, study, rows)
+        with (folder / "reported").open("a") as file:
+            file.write("".join(f"{study} {key.hex()}\n" for key in rows))
 
-    TorchEvaluator.by_group = logged
-    result = search(net, folder)
+    SqliteStore.append = logged
+    result = search(net, folder, lambda *args, **settings: engine)
     (folder / "plan").write_text(repr(result.plan.to_json()))
 
 
-def outcome(net: torch.nn.Module, folder: Path, batches: int, seconds: float) -> int:
-    log = folder / "rows"
-    log.touch()
-    last = log.read_text().count("\n") + batches
+def outcome(net: torch.nn.Module, engine: object, folder: Path, seconds: float) -> int:
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            child(net, folder)
+            child(net, engine, folder)
             code = 0
         finally:
             os._exit(code)
-    while batches == 0 or log.read_text().count("\n") < last:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return status
-        time.sleep(0.001)
-    time.sleep(seconds)
-    os.kill(pid, signal.SIGKILL)  # nobody has waited for it yet, so the pid is still its own
+    if seconds:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)  # nobody has waited for it yet, so the pid is still its own
     return os.waitpid(pid, 0)[1]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     model = trained()
+    made = evaluator(model, [samples(96, 1)], bits=BITS, loss="kl", memory=1 << 20)
     for line in sys.stdin:
-        where, count, delay = line.rsplit(maxsplit=2)
-        print(outcome(model, Path(where), int(count), float(delay)), flush=True)
+        where, delay = line.rsplit(maxsplit=1)
+        print(outcome(model, made, Path(where), float(delay)), flush=True)

@@ -22,23 +22,31 @@ computed: list[int] = []  # rows of each batch of this rank
 
 
 def whole(folder: Path) -> dict:
-    """A search; where KILLS says a seed, a rank of its choice is killed, once in each of 12 attempts."""
+    """A search; KILLS, "seed attempts": in each of the first attempts a random rank is killed, also before a batch."""
     by_group, own = TorchEvaluator.by_group, distributed.rank()
-    attempt, seed = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), os.environ.get("KILLS")
-    rng = np.random.default_rng([int(seed or 0), attempt])
-    victim, batches, seconds = rng.integers(distributed.ranks()), rng.integers(1, 5), rng.uniform(0, 0.02)
-    dies = seed is not None and attempt < 12 and own == victim
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    seed, attempts = map(int, os.environ.get("KILLS", "0 0").split())
+    rng = np.random.default_rng([seed, attempt])
+    victim, batches, seconds = rng.integers(distributed.ranks()), rng.integers(4), rng.uniform(0, 0.02)
+    dies = attempt < attempts and own == victim
+
+    def die_soon() -> None:
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
     def counted(self: TorchEvaluator, rows: np.ndarray) -> np.ndarray:
         computed.append(len(rows))
         with (folder / f"rows{own}").open("a") as log:
             log.write(f"{len(rows)}\n")
         if dies and len(computed) == batches:
-            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            die_soon()
         return by_group(self, rows)
 
     TorchEvaluator.by_group = counted
-    result = search(trained(), folder)
+    model = trained()
+    if dies and not batches:
+        seconds *= 50  # while the evaluator is made, the ranks meet, the store opens
+        die_soon()
+    result = search(model, folder)
     return {"plan": result.plan.to_json(), "rows": sum(computed), "attempt": attempt}
 
 

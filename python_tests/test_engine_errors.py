@@ -59,6 +59,9 @@ def test_non_finite_numbers_name_their_layer() -> None:
     ev._executor.model[3].limit = 1e9
     with pytest.raises(SmpqError, match=r"row 1, 2\.weight at 3 bits.* is nan.*leaves 3.*fixed="):
         ev._complain(np.array([[0.0], [np.nan]]), ev.space.one_hot(random_assignments(ev, 2)), [0, 1])
+    many = make(*build("Branches", 0), fixed={})
+    said = many._describe(many.space.one_hot(many.space.lowest()[None])[0])
+    assert f"and {len(many.slots) - 3} slots below their highest width (bits 2 2 2 " in said
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,53 @@ class TestUnusableFiles:
             SqliteStore(tmp_path / path)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX")
+class TestRefusedWrites:
+    @pytest.fixture
+    def store(self):
+        """Ten rows in a store that every user may reach."""
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder).chmod(0o755)
+            with closing(SqliteStore(Path(folder) / "store.db")) as store:
+                store.append("one", {bytes([i]): np.arange(64.0) for i in range(10)})
+                yield store
+
+    def test_a_full_disk_loses_only_what_was_not_reported(self, store):
+        import resource
+
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (Path(store.path).stat().st_size + 4096, before[1]))
+        reported = 10
+        try:
+            with pytest.raises(SmpqError, match=r"store: cannot use .*store\.db"):
+                for reported in range(10, 1000):
+                    store.append("one", {reported.to_bytes(2): np.arange(64.0)})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert 10 < reported == len(store.read("one")) < 30
+        store.append("one", {b"more": np.arange(64.0)})  # there is room again
+        with closing(SqliteStore(store.path)) as again:
+            assert len(again.read("one")) == reported + 1
+
+    def test_a_file_that_cannot_be_written_answers_what_it_knows(self, store):
+        path, user = Path(store.path), os.geteuid()
+        path.chmod(0o444)
+        path.parent.chmod(0o555)
+        if user == 0:
+            os.seteuid(65534)  # root may write everywhere
+        try:
+            with closing(SqliteStore(path)) as again:
+                assert len(again.read("one")) == 10
+                with pytest.raises(SmpqError, match=r"store: cannot use .*store\.db .*readonly"):
+                    again.append("one", {b"more": np.arange(64.0)})
+                assert len(again.read("one")) == 10
+            with pytest.raises(SmpqError, match="store: cannot use"):
+                SqliteStore(path.with_name("other.db"))
+        finally:
+            os.seteuid(user)
+            path.parent.chmod(0o755)
+
+
 SPACE = Space(tuple(Slot(f"l{i}", "weight", 8, 8, 1) for i in range(3)), ((2, 4, 8), (2, 8), (2, 4, 8)))
 DAMAGE = np.array([[3.0, 1.0, 0.1], [5.0, 0.3, 0], [2.0, 0.7, 0.2]])
 ROWS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1), st.integers(0, 2)), min_size=1, max_size=30)

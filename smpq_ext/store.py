@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
@@ -130,8 +129,8 @@ def differences(store: Store, fingerprint: str, digests: Mapping[str, str]) -> t
     if key in known:
         return ()
     store.append(study, {key: own})
-    apart = [(own != other).tolist() for other in known.values()]
-    return tuple(itertools.compress(names, min(apart, key=sum))) if apart else ()
+    apart = [np.flatnonzero(own != other) for other in known.values()]
+    return tuple(names[k] for k in min(apart, key=len, default=()))
 
 
 class Recorded:

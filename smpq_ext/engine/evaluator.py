@@ -420,11 +420,14 @@ class TorchEvaluator:
         raise SmpqError(f"loss: the loss {what} is {loss[row, k]}; {why}")
 
     def _describe(self, mixtures: NDArray[np.float32]) -> str:
-        """The slots that are below their highest width."""
+        """The slots that are below their highest width; where these are many, three, and then the widths of all."""
         chosen = mixtures.argmax(axis=1)
         below = np.flatnonzero(chosen < self.space.highest())
         said = [f"{self.slots[i]} at {self.space.candidates[i][chosen[i]]} bits" for i in below[:3]]
-        more = f" and {len(below) - 3} slots below their highest width" if len(below) > 3 else ""
+        more = ""
+        if len(below) > 3:
+            widths = " ".join(str(c[k]) for c, k in zip(self.space.candidates, chosen, strict=True))
+            more = f" and {len(below) - 3} slots below their highest width (bits {widths}, as in slots)"
         return (", ".join(said) + more) or "all slots at their highest width"
 
     def _rows(self, mixtures: NDArray[Any]) -> NDArray[np.float32]:
