@@ -193,7 +193,7 @@ def applied(plan):
     model(torch.zeros(2, 3))
 
 
-@settings(max_examples=2000)
+@settings(max_examples=1500)
 @given(data=st.data())
 def test_result_json_of_any_shape_is_read_or_refused(data, room):
     folder = room / "mutated"
@@ -483,13 +483,13 @@ STRAY = ODD | st.sampled_from(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=2500)
 @given(arguments=st.lists(STRAY, max_size=6))
 def test_any_words_are_understood_or_refused(arguments, smpq):
     smpq(*(a for a in arguments if a != "--debug"))
 
 
-@settings(max_examples=300)
+@settings(max_examples=2500)
 @given(arguments=search())
 def test_any_search_that_is_no_model_s_is_refused(arguments, smpq):
     arguments[2] = "fuzz_nets.py:no_layers"
