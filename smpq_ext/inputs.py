@@ -79,7 +79,7 @@ def data(
     else:
         raise SmpqError(f"data: {where} is no .npz file, folder of images or module:function")
     inputs, wanted = pair
-    size = batch_size or 256
+    size = min(batch_size or 256, len(inputs))
     cut = torch.split(wanted, size) if wanted is not None else [None] * -(-len(inputs) // size)
     return list(zip(torch.split(inputs, size), cut, strict=True))
 
