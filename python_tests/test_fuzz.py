@@ -492,13 +492,12 @@ def test_any_words_are_understood_or_refused(arguments, smpq):
 @settings(max_examples=2500)
 @given(arguments=search())
 def test_any_search_that_is_no_model_s_is_refused(arguments, smpq):
-    arguments[2] = "fuzz_nets.py:no_layers"
-    assert smpq(*arguments)[0] == 2
+    assert smpq(*arguments, "--model", "fuzz_nets.py:no_layers")[0] == 2
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, about devices
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(arguments=search(odd=20))
-def test_any_search_ends_with_a_plan_or_a_line(arguments, smpq):
-    arguments[2:3] = ["fuzz_nets.py:net", "--method", "uniform"]
-    smpq(*arguments)
+def test_any_search_ends_with_a_plan_or_a_line(arguments, smpq, monkeypatch):
+    monkeypatch.setattr("smpq_ext.driver.Study.seconds_per_evaluation", lambda study: 1e-3)  # it takes one to measure
+    smpq(*arguments, "--model", "fuzz_nets.py:net", "--method", "uniform")
