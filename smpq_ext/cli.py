@@ -348,7 +348,7 @@ def _fixed(entries: list[str]) -> dict[str, int | str]:
         name, equals, width = entry.rpartition("=")
         if entry == "none":
             continue
-        if not equals or not (width.isdecimal() or width == "float"):
+        if not equals or not ((width.isdecimal() and len(width) < 5) or width == "float"):
             raise SmpqError(
                 f"fixed: layer=width or slot=width, such as conv1=8, fc.weight=float, or none, not {entry!r}"
             )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from smpq_ext.core import SmpqError
 
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+LARGEST_IMAGE = 1 << 14  # pixels along a side
 
 
 def model(where: str, weights: Path | None = None) -> nn.Module:
@@ -60,6 +61,8 @@ def data(
     for name, value in (("batch-size", batch_size), ("samples", samples), ("image-size", image_size)):
         if value is not None and value < 1:
             raise SmpqError(f"{name}: a number above 0, not {value}")
+    if image_size is not None and image_size > LARGEST_IMAGE:
+        raise SmpqError(f"image-size: at most {LARGEST_IMAGE}, not {image_size}")
     pair: tuple[Tensor, Tensor | None]
     if folder:
         paths, labels = _listed(path, samples)
@@ -79,7 +82,7 @@ def data(
     else:
         raise SmpqError(f"data: {where} is no .npz file, folder of images or module:function")
     inputs, wanted = pair
-    size = batch_size or 256
+    size = min(batch_size or 256, len(inputs))
     cut = torch.split(wanted, size) if wanted is not None else [None] * -(-len(inputs) // size)
     return list(zip(torch.split(inputs, size), cut, strict=True))
 
