@@ -69,10 +69,11 @@ def of_slots(model: str, bits: float) -> dict[str, Any]:
     scores = [score_singles(Problem(space, budget, ev, None, ev, 10**6, 0), ev) for ev in both]
     plan = Milp()(scores[0].damage + scores[1].damage, budget)
     around = np.maximum(plan - 1, 0).astype(np.int8), np.minimum(plan + 1, space.highest()).astype(np.int8)
-    rows = IntervalGame(both[0], *around).assignments(coalitions(int((around[0] != around[1]).sum())))
+    game = IntervalGame(both[0], *around)
+    rows = game.assignments(coalitions(game.players))
     losses = -both[0](rows), -both[1](rows)
     share, error = missed_share(losses, (scores[0].predict(rows), scores[1].predict(rows)))
-    return {"model": model, "budget": f"{bits:g} bits", "players": len(space.slots), "missed": share, "±": error}
+    return {"model": model, "budget": f"{bits:g} bits", "players": game.players, "missed": share, "±": error}
 
 
 def of_supernet(model: str) -> dict[str, Any]:

@@ -108,8 +108,8 @@ class Shapiq:
 
 
 def arms(accuracies: bool) -> dict[str, Callable[[], Any]]:
-    """Every estimator by name; 'exact' needs 2^n evaluations."""
-    left_out = {"exact"} | (set() if accuracies else {PAPER})
+    """Every estimator by name; 'exact' needs 2^n evaluations, the values of 'interactions' are those of 'odd'."""
+    left_out = {"exact", "interactions"} | (set() if accuracies else {PAPER})
     ours = {name: registry.find("estimators", name) for name in registry.names("estimators") if name not in left_out}
     theirs = ("KernelSHAP", "kADDSHAP", "SVARM", "PermutationSamplingSV")
     if importlib.util.find_spec("shapiq") is None:
@@ -155,7 +155,8 @@ def truth(game: IntervalGame) -> tuple[Values, float]:
     if not file.exists():
         estimator = registry.find("estimators", "antithetic")
         halves = [run(estimator, game, TRUTH * game.players, seed)[0].values for seed in (1001, 1002)]
-        np.save(file, np.stack(halves))
+        np.save(file.with_suffix(".tmp.npy"), np.stack(halves))
+        file.with_suffix(".tmp.npy").replace(file)
     halves = np.load(file, allow_pickle=False)
     values = halves.mean(axis=0)
     return values, float(((halves[0] - halves[1]) ** 2).sum() / 4 / (values**2).sum())

@@ -165,8 +165,19 @@ class _Additive:
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         return self.by_group(rows) @ self.groups
 
+    def derivatives(self, mixtures: np.ndarray) -> np.ndarray:
+        self.asked += len(mixtures)
+        return np.broadcast_to(-self.damage, mixtures.shape)
 
-SETTINGS = ({}, {"interactions": True}, {"estimator": "odd"}, {"stop": "plan"}, {"stop": "intervals"})
+
+SETTINGS = (
+    {},
+    {"interactions": True},
+    {"estimator": "odd"},
+    {"estimator": "auto"},
+    {"stop": "plan"},
+    {"stop": "intervals"},
+)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -197,13 +208,26 @@ def test_shapley_spends_nothing_where_scores_add_up_and_wins_where_they_do_not(n
         np.testing.assert_allclose(pairs, pairs.T, atol=1e-9)
 
 
+def test_a_game_ends_when_the_rule_says_so(net: Net) -> None:
+    """Of a network whose scores add up, every interval and the plan are known after the first pairs."""
+    space = problem(net, Single()).space
+    budget = parse("weight-bits=4,activation-bits=4", space)
+    asked = {}
+    for stop in ("", "plan", "intervals"):
+        search, apart = _Additive(space, 0.0, 1.0), _Additive(space, 0.0, 1.3)
+        Shapley(estimator="permutation", stop=stop).allocate(Problem(space, budget, search, apart, None, 600, 0))
+        asked[stop] = search.asked
+    assert asked["plan"] < asked[""] and asked["intervals"] < asked[""]
+
+
 def test_settings_of_a_method_are_checked(net: Net) -> None:
     given = {"bits": BITS, "budget": "weight-bits=3"}
     with pytest.raises(SmpqError, match=r"^settings: the method 'shapley' has no 'interaction'; there are estimator, "):
         smpq_ext.search(net, [samples(64, 1)], **given, interaction=True)
     with pytest.raises(SmpqError, match=r"^settings: the method 'uniform' has no 'seeds'; there are none"):
         smpq_ext.search(net, [samples(64, 1)], **given, method="uniform", seeds=3)
-    for wrong in ({"stop": "soon"}, {"interactions": 2}, {"estimator": "best"}):
+    odd = ({"finalists": "abc"}, {"finalists": 0}, {"batch": 2.5}, {"patience": "x"}, {"patience": 2.0})
+    for wrong in ({"stop": "soon"}, {"interactions": 2}, {"estimator": "best"}, *odd):
         with pytest.raises(SmpqError, match=f"^{next(iter(wrong))}: "):
             smpq_ext.search(net, [samples(64, 1)], **given, **wrong)
 

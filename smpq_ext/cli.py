@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import logging
@@ -123,10 +124,7 @@ def search(
         "renormalize": "auto" if renormalize is Switch.AUTO else renormalize is Switch.ON,
         "fixed": None if fixed is None else _fixed(fixed),
     }
-    for name, value in _settings(set_ or []).items():
-        if name in options:
-            raise SmpqError(f"set: {name!r} is an option of its own, --{name.replace('_', '-')}")
-        options[name] = value
+    settings = _settings(set_ or [])
     pixels = (_numbers("mean", mean), _numbers("std", std))
     bar: _Bar | None = None
     kept: Any = None
@@ -146,7 +144,10 @@ def search(
         out.mkdir(parents=True, exist_ok=True)
         kept = distributed.kept(lambda: SqliteStore(store or out / "evaluations.sqlite"))
         bar = _Bar(kept)
-        study = Study(network, samples_, store=kept, progress=bar, **options)
+        known = [name for name in inspect.signature(Study).parameters if name in settings]
+        if known:
+            raise SmpqError(f"set: {known[0]!r} is no setting of a method")
+        study = Study(network, samples_, store=kept, progress=bar, **options, **settings)
         bar.begin(study)
         result = study.run()
         bar.end()

@@ -134,6 +134,8 @@ class SharedEvaluator:
     def parts(self, most: int) -> tuple[tuple[float, SharedEvaluator], ...]:
         """At most so many, each on groups of samples of its own, with its share of the value."""
         parts = self.evaluator.parts(most)
+        if len(set(_gather(str(len(parts)).encode()))) > 1:
+            raise SmpqError("distributed: the ranks part the samples in other ways; is the model the same on all?")
         return ((1.0, self),) if len(parts) == 1 else tuple((share, SharedEvaluator(part)) for share, part in parts)
 
 

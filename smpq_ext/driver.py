@@ -215,6 +215,9 @@ class Study:
             raise SmpqError(f"method {self.name}: allocate returned {answer!r}, not a smpq_ext.core.Answer")
         if not problem.budget.feasible(answer.assignment).all():
             raise SmpqError(f"method {self.name}: its plan does not meet the budget; this is a fault of the method")
+        slots, given = len(engine.slots), answer.attribution
+        if given is not None and (len(given.values), len(given.standard_errors)) != (slots, slots):
+            raise SmpqError(f"method {self.name}: its attribution has no value and error for each of the slots")
         self._clock.lap("search")
 
         widths = engine.space.bits(answer.assignment)
@@ -260,13 +263,23 @@ class Study:
 
 
 def _made(method: str | Method, settings: Mapping[str, Any]) -> Method:
-    """The method itself. Raises SmpqError where it has no such setting."""
+    """The method itself. Raises SmpqError where it has no such setting, or one is of another type than its default."""
     kind = registry.find("methods", method) if isinstance(method, str) else lambda: method
-    known = list(inspect.signature(kind).parameters)
-    for name in settings:
+    known = inspect.signature(kind).parameters
+    for name, value in settings.items():
         if name not in known:
             there_are = f"there are {', '.join(known)}" if known else "there are none"
             raise SmpqError(f"settings: the method {method!r} has no {name!r}; {there_are}")
+        wanted = type(known[name].default)
+        good = {
+            bool: lambda v: isinstance(v, bool),
+            int: lambda v: is_whole(v) and v > 0,
+            float: lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 0 < v < np.inf,
+            str: lambda v: isinstance(v, str),
+        }[wanted]
+        if not good(value):
+            number = "a positive " if wanted in (int, float) else ""
+            raise SmpqError(f"{name}: {number}{wanted.__name__} is needed, not {value!r}")
     made: Method = kind(**settings)
     return made
 

@@ -190,6 +190,11 @@ class Remainder:
         self.players = game.players
         self.spent = 0
 
+    def derivatives(self, points: Values) -> NDArray[np.float64]:
+        """Of the value by each player's share, [n, players], where the game tells them."""
+        self.spent += len(points)
+        return np.asarray(self.game.derivatives(points) - self.weights, np.float64)  # type: ignore[attr-defined]
+
     def __call__(self, coalitions: Coalitions) -> Values:
         """Values [n] of the coalitions [n, players]."""
         inside = _coalitions(coalitions, self.players)

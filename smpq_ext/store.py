@@ -198,10 +198,14 @@ class Recorded:
         """Of the value by the shares of mixtures [n, slots, candidates]; kept, too, and asked once."""
         study = f"{self.fingerprint} derivatives"
         keys = self._keys(mixtures)
+        self._asked += len(keys)
         known = self._store.read(study)
         new = [k for k, key in enumerate(keys) if key not in known]
         if new:
             found = self.evaluator.derivatives(mixtures[new])
+            if not np.isfinite(found).all():
+                raise SmpqError("evaluation: the derivatives of the loss by the shares of a mixture are not finite")
+            self._computed += len(new)
             fresh = {keys[k]: row.ravel() for k, row in zip(new, found, strict=True)}
             self._store.append(study, fresh)
             known = known | fresh

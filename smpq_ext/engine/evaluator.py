@@ -135,6 +135,7 @@ class TorchEvaluator:
         self.peak_bytes = 0  # of the forwards so far, by what a few samples took
         with quiet(self.device):
             self._folds, notes = trials.settle(self._executor, graph, batches[0], mixture_bits)
+            self._mixes = not self._folds  # samples; later, memory may decide against folding, too
             self._notes += notes
             if self.loss_fn is losses.kl:
                 reference = [losses.log_probabilities(self._executor.forward(b, 0, b.size)) for b in batches]
@@ -237,7 +238,7 @@ class TorchEvaluator:
         """
         groups = np.flatnonzero(self.groups)
         count = min(most, len(groups))
-        if self.renormalize or not self._folds or count < 2:
+        if self.renormalize or self._mixes or count < 2:
             return ((1.0, self),)
         edges = np.cumsum([0, *(b.size for b in self.batches)])
         group = np.zeros(edges[-1], np.int64)
@@ -284,6 +285,7 @@ class TorchEvaluator:
         self.digests = {**self.digests, "data": samples.digest(data)}
         self.fingerprint = _digest(*sorted(self.digests.items()))
         if not measure:
+            self.float_loss = math.nan
             return
         with quiet(self.device):
             self._chunks()

@@ -40,10 +40,8 @@ class Auto:
             for step in Exact().steps(game, budget, rng):
                 yield replace(step, reason=f"exact: {budget} evaluations pay for all {2**players} coalitions")
             return
-        helps = [name for name in ("derivatives", "parts") if hasattr(game, name)]
-        if helps:
-            for found in Control(batch=self.batch).steps(game, budget, rng):
-                yield replace(found, reason=f"control: the game has {' and '.join(helps)}")
+        if hasattr(game, "derivatives") or hasattr(game, "parts"):
+            yield from Control(batch=self.batch).steps(game, budget, rng)
             return
         if budget < 4 * players + 2:
             for found in Gaussian(self.batch).steps(game, budget, rng):

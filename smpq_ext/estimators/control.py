@@ -31,12 +31,13 @@ class Control:
     counts for its share of an evaluation, a backward pass for one.
 
     A game tells these by `derivatives(points) -> [points, players]` and `parts(most) -> ((share, game), ...)`; without
-    weights and both it is 'odd'. Standard errors are delete-one jackknife errors over the pairs. `batch` is about how
-    many coalitions are asked at once.
+    weights and both it is 'odd', and `reason` of an attribution says what there was. Standard errors are delete-one
+    jackknife errors over the pairs. `batch` is about how many coalitions are asked at once.
 
-    Raises SmpqError where the budget pays for fewer than players / 2 pairs (or all, if there are fewer). Source: Aumann
-    and Shapley, Values of non-atomic games (1974); Shoemaker, Principles and procedures of multiple matrix sampling
-    (1973); Swersky, Snoek, Adams, Multi-task Bayesian optimization (NIPS 2013), whose tasks are the groups here.
+    Raises SmpqError where the budget pays for fewer than players / 2 pairs in all (or all, if there are fewer). Source:
+    Aumann and Shapley, Values of non-atomic games (1974); Shoemaker, Principles and procedures of multiple matrix
+    sampling (1973); Swersky, Snoek, Adams, Multi-task Bayesian optimization (NIPS 2013), whose tasks are the groups
+    here.
     """
 
     points: int = 3
@@ -51,15 +52,20 @@ class Control:
         shares, parts = zip(*(game.parts(most) if hasattr(game, "parts") else [(1.0, game)]), strict=True)
         least = -(-(game.players // 2 + 1) // len(parts))
         batch = max(self.batch // len(parts), 2)
+        streams = rng.spawn(len(parts)) if len(parts) > 1 else [rng]
         pairs = [
             ask_pairs("control variates", part, budget, least, batch, stream, besides=passes)
-            for part, stream in zip(parts, rng.spawn(len(parts)), strict=True)
+            for part, stream in zip(parts, streams, strict=True)
         ]
         for drawn in zip(*pairs, strict=True):
             if ask is not None and weights is None:
                 weights = aumann_shapley(ask, self.points)
+            helps = [f"pairs on {len(parts)} parts of the samples"] if len(parts) > 1 else []
+            if weights is not None and weights.any():
+                helps.append("surrogates from " + (f"{passes} backward passes" if passes else "given weights"))
             found = odd.fit(drawn, shares, weights)
-            yield Attribution(found.values, jackknife(found), passes + drawn[0].evaluations)
+            reason = f"control: {' and '.join(helps) or 'neither parts nor derivatives, as odd'}"
+            yield Attribution(found.values, jackknife(found), passes + drawn[0].evaluations, reason)
 
 
 def aumann_shapley(derivatives: Callable[[Values], NDArray[np.float64]], points: int) -> Values:

@@ -31,11 +31,11 @@ class Interactions:
     """What two players add together; values are those of 'odd', from the same pairs (coalition, complement).
 
     The sums v(S) + v(complement) hold what even numbers of players share. index: "shapley" averages the second
-    difference evenly over the sizes of coalitions, "banzhaf" over all coalitions, which suffers less from noise:
-    both by ridge regression on the parities of two and of four players, their shares and the noise being the likeliest;
-    sizes that are enumerated are exact. "faithful" are the pairs of the best second-order model under the Shapley
-    kernel, by least squares. Standard errors are delete-one jackknife errors. `batch` is about how many coalitions are
-    asked at once.
+    difference evenly over the sizes of coalitions, "banzhaf" over all coalitions, which suffers less from noise: both
+    by ridge regression on the parities of two and of four players, their shares and the noise being the likeliest; a
+    pair that was drawn stands for itself, so sizes that are enumerated are exact. "faithful" are the pairs of the best
+    second-order model under the Shapley kernel, by least squares. Standard errors are delete-one jackknife errors.
+    `batch` is about how many coalitions are asked at once.
 
     Raises SmpqError for another index, or where the budget is too small, and names the least. Source: Grabisch and
     Roubens, An axiomatic approach to the concept of interaction (1999); Tsai, Yeh, Ravikumar, Faith-Shap (JMLR 2023);
@@ -99,7 +99,7 @@ def _ridge(drawn: Drawn, index: str) -> Iterator[tuple[Values, Values]]:
 
 
 def _second_difference(drawn: Drawn, signs: NDArray[np.float64], own: Values, index: str) -> NDArray[np.float64]:
-    """What a row's sum counts for in one player's interactions [rows, players], in sizes that are enumerated, else 0.
+    """What a row's sum counts for in one player's interactions [rows, players], by the share of its size that is drawn.
 
     The Shapley index is the sum over the sizes s of the mean of v(S) n / (s (s - 1)) where S has both players,
     n / ((n - s) (n - s - 1)) where it has none, -n / (s (n - s)) where it has one; complements count alike.
@@ -107,7 +107,7 @@ def _second_difference(drawn: Drawn, signs: NDArray[np.float64], own: Values, in
     players = signs.shape[1]
     size = (signs > 0).sum(axis=1)
     half = np.where(2 * size == players, 0.5, 1.0)
-    share = np.append(drawn.seen == 1, True) * half / np.bincount(size)[size]
+    share = np.append(drawn.seen, 1.0) * half / np.bincount(size)[size]
     both = own[:, None] * signs
     if index == "banzhaf":
         ways = np.array([comb(players, int(s)) / 2.0 ** (players - 2) for s in size])
@@ -124,9 +124,7 @@ def _least_squares(drawn: Drawn, index: str) -> Iterator[tuple[Values, Values]]:
     players = signs.shape[1]
     first, second = np.triu_indices(players, 1)
     design = np.concatenate([np.ones((len(signs), 1)), signs[:, first] * signs[:, second]], axis=1)
-    size = drawn.coalitions.sum(axis=1)
-    weights = 1 / (size * (players - size) * np.bincount(size)[size] * (1 + (2 * size == players)))
-    weights = np.append(weights, 1e8 * weights.max(initial=1.0))
+    weights = np.append(drawn.weights, 1e8 * drawn.weights.max(initial=1.0))
     root = np.sqrt(weights)[:, None]
     solve = np.linalg.pinv(design * root, rcond=1e-10) * root.T  # [1 + pairs, rows]
     free = 1 - np.einsum("rk,kr->r", design, solve)[:-1]

@@ -58,6 +58,13 @@ class Drawn:
         return np.where(self.coalitions, 1.0, -1.0)
 
     @property
+    def weights(self) -> NDArray[np.float64]:
+        """The Shapley kernel, 1 / (C(n, s) s (n - s)), x pairs of that size / pairs drawn of that size, [pairs]."""
+        players = self.coalitions.shape[1]
+        size = self.coalitions.sum(axis=1)
+        return np.asarray(1 / (size * (players - size) * np.bincount(size)[size] * (1 + (2 * size == players))))
+
+    @property
     def seen(self) -> NDArray[np.float64]:
         """Which share of the pairs of its size has been drawn, for each pair, [pairs]."""
         size = self.coalitions.sum(axis=1)
@@ -95,7 +102,8 @@ def ask_pairs(
     coalitions = np.empty((0, players), np.bool_)
     gaps, sums = np.empty(0), np.empty(0)
     while True:
-        count = min(max(batch // 2, least if not len(gaps) else 1), pairs - len(gaps))
+        # batches grow, so that all fits together take a few times what the last one takes
+        count = min(max(batch // 2, len(gaps) // 2, least if not len(gaps) else 1), pairs - len(gaps))
         if count:
             rows = np.array([next(draw) for _ in range(count)])
             values = game(np.concatenate([rows, ~rows]))
@@ -150,10 +158,7 @@ class Fit:
 def fit(drawn: Drawn) -> Fit:
     """Weighted least squares under the efficiency constraint: a gap is `signs @ values` for an additive game."""
     players = drawn.coalitions.shape[1]
-    size = drawn.coalitions.sum(axis=1)
-    # Shapley kernel 1/(C(n, s) s (n - s)) x pairs of that size / pairs drawn of that size
-    weights = 1 / (size * (players - size) * np.bincount(size)[size] * (1 + (2 * size == players)))
-    signs = drawn.signs
+    signs, weights = drawn.signs, drawn.weights
     targets = drawn.gaps - signs.sum(axis=1) * drawn.total / players
     signs -= signs.mean(axis=1, keepdims=True)  # what is left to fit sums to zero: the efficiency constraint
 

@@ -33,8 +33,9 @@ class Odd:
     kernel of all triples is a polynomial of the inner product of two coalitions' signs, so thousands of them cost
     nothing, and how much they and the noise may explain is what is likeliest. Exact for games of order two, and for
     those of order four once there are enough pairs; else drawn towards 0 by the ridge, which pays from 1.25 x players
-    evaluations on. Sizes that are enumerated are exact. Pairs are drawn as by 'leverage'; standard errors are
-    delete-one jackknife errors over them. `batch` is about how many coalitions are asked at once.
+    evaluations on. A pair that was drawn stands for itself, so sizes that are enumerated are exact. Pairs are drawn as
+    by 'leverage'; standard errors are delete-one jackknife errors over them. `batch` is about how many coalitions are
+    asked at once.
 
     Raises SmpqError where the budget pays for fewer than players pairs (or all, if there are fewer). Source: Fumagalli,
     Butler, Kang, Ramchandran, Witter, An odd estimator for Shapley values (arXiv 2602.01399), here with every triple in
@@ -66,11 +67,13 @@ def fit(parts: Sequence[Drawn], shares: Sequence[float] = (1.0,), surrogate: Val
     inner, alike, same = signs @ signs.T, games @ games.T, part[:, None] == part
 
     def prior(rows: NDArray[np.int64], share: float, noise: float, apart: float) -> NDArray[np.float64]:
-        some = np.ix_(rows, rows)
-        own = _parities(inner[some], players, share)
-        return np.asarray(
-            own + LEVEL * alike[some] + apart * same[some] * (own + alike[some]) + np.diag(noise * jitter[rows])
-        )
+        some = np.ix_(rows, rows) if len(rows) < len(gaps) else np.s_[:, :]
+        kernel = _parities(inner[some], players, share)
+        if apart:
+            kernel += apart * same[some] * (kernel + alike[some])
+        kernel += LEVEL * alike[some]
+        kernel[np.diag_indices(len(rows))] += noise * jitter[rows]
+        return kernel
 
     every = np.arange(len(gaps))
     few = every[(every >= len(seen)) | (every % max(count, 1) < CHOOSE // len(parts))]
@@ -81,15 +84,19 @@ def fit(parts: Sequence[Drawn], shares: Sequence[float] = (1.0,), surrogate: Val
         best = max(best, (likelihood(prior(few, *best[1:3], apart), gaps[few]), *best[1:3], apart))
     _, share, noise, apart = best
 
-    factor = cholesky(prior(every, share, noise, apart), lower=True)
+    while True:
+        try:
+            factor = cholesky(prior(every, share, noise, apart), lower=True)
+            break
+        except LinAlgError:  # more rows than those that chose it
+            noise *= 10
     inverse = cho_solve((factor, True), np.eye(len(gaps)))
     dual = cho_solve((factor, True), gaps)
     own, known = _owners(signs, share), games @ of_players.T
     owner = own + LEVEL * known + apart * np.asarray(shares)[part][:, None] * (own + known)
     values, residuals = owner.T @ dual, (noise * jitter * dual)[: len(seen)]
-    for k, drawn in enumerate(parts):
-        rest = np.where(drawn.seen < 1, 0, residuals[k * count : (k + 1) * count])
-        values += shares[k] * missed_by(drawn, rest, np.zeros(count))[0]
+    for k, drawn in enumerate(parts):  # a pair that was drawn stands for itself with what the ridge leaves of it
+        values += shares[k] * missed_by(drawn, residuals[k * count : (k + 1) * count], np.zeros(count))[0]
     total = float(np.dot(shares, [drawn.total for drawn in parts]))
     return Fit(
         values=values + (total - values.sum()) / players,

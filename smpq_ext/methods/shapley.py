@@ -35,18 +35,20 @@ class Shapley:
        apart, asked once, agree by at least a standard error.
 
     The attribution is that of step 2, around the single-slot plan, and `estimator` finds it. interactions: the game's
-    pairs are estimated, too ('interactions'), and the refinement also starts from the plans that a quadratic solver
-    finds for single slots and pairs as they may be within their errors. stop: end the game once every interval of 95 %
-    leaves out 0 ("intervals"), or the rescaled plan is the same in 95 % of resamples ("plan"), see `smpq_ext.stopping`.
+    pairs are estimated, too ('interactions'), from up to a quarter of the evaluations, and the refinement also starts
+    from the plans that a quadratic solver finds for single slots and pairs as they may be within their errors. stop:
+    end the game once every interval of 95 % leaves out 0 ("intervals"), or the rescaled plan is the same in 95 % of
+    resamples ("plan"), see `smpq_ext.stopping`; the estimator is then 'odd' by default, which can answer sooner.
+    'control' uses derivatives here and no parts, for what the game asked on all samples is used again.
 
-    Raises SmpqError where there is no such estimator or stopping rule.
+    Raises SmpqError where there is no such estimator or stopping rule, or a number is out of range.
     """
 
     holdout = True
 
     def __init__(
         self,
-        estimator: str = "leverage",
+        estimator: str = "",
         interactions: bool = False,
         stop: str = "",
         patience: float = 0.35,
@@ -55,10 +57,12 @@ class Shapley:
     ) -> None:
         if stop not in ("", "intervals", "plan"):
             raise SmpqError(f"stop: 'intervals' or 'plan', not {stop!r}")
-        if not isinstance(interactions, bool):
-            raise SmpqError(f"interactions: True or False, not {interactions!r}")
-        registry.find("estimators", estimator)
-        self.estimator = "interactions" if interactions else estimator
+        if interactions and estimator:
+            raise SmpqError(f"estimator: {estimator!r} finds no interactions; leave it out with interactions=True")
+        if not 0 < patience <= 1:
+            raise SmpqError(f"patience: a share above 0, at most 1, not {patience!r}")
+        self.estimator = estimator or ("interactions" if interactions else "odd" if stop else "leverage")
+        registry.find("estimators", self.estimator)
         self.interactions, self.stop = interactions, stop
         self.patience = patience  # share of the refinement's evaluations without progress after which it stops
         self.finalists = finalists
@@ -91,8 +95,10 @@ class Shapley:
                 + " are needed"
             )
             return Answer(plan, scores.damage, scores.errors, float(scores.predict(plan)[0]), finding=few)
+        if self.interactions:
+            pairs = max(pairs, (left - probes) // 8)
         near = _Neighbourhood(problem, scores, low, high)
-        for step in near.play(self.estimator, 2 * pairs, 32 if self.stop else 256):
+        for step in near.play(self.estimator, 2 * pairs, players if self.stop else 256):
             if self._is_enough(problem, scores, near, step):
                 break
         missed = _missed(near, probes, apart, on_search, on_apart)
@@ -107,7 +113,7 @@ class Shapley:
             )
             if self.interactions:
                 starts = np.concatenate([starts, self._quadratic(problem, scores, near)])
-            starts = np.unique(starts, axis=0)[: left - near.game.spent - probes]
+            starts = np.unique(starts[: max(left - near.game.spent - probes, 1)], axis=0)
             rows, losses = self._refine(problem, on_search, near, starts, left - near.game.spent - probes)
             best = rows[np.argsort(losses, kind="stable")]
             best = best[problem.budget.feasible(best)][: self.finalists]
@@ -190,7 +196,7 @@ class _Neighbourhood:
         rng, slots = self.problem.rng(2), self.game.slots
         kind = registry.find("estimators", estimator)
         settings = {"batch": batch} if "batch" in signature(kind).parameters else {}
-        for step in kind(**settings).steps(remainder, budget, rng):
+        for step in _affordable(kind(**settings).steps(remainder, budget, rng)):
             total = len(self.problem.space.slots)
             values, errors = np.zeros(total), np.zeros(total)
             values[slots], errors[slots] = step.values + self.gain, step.standard_errors
@@ -254,6 +260,18 @@ class _Neighbourhood:
         return float(offset + slope * scores.predict(assignment)[0])
 
 
+def _affordable(steps: Iterator[Attribution]) -> Iterator[Attribution]:
+    try:
+        yield from steps
+    except SmpqError as error:
+        if not str(error).startswith("evaluations: "):
+            raise
+        raise SmpqError(
+            f"{error}; so many the neighbourhood game gets, of those that the search may spend: another estimator can "
+            "do with fewer"
+        ) from error
+
+
 class _Recorder:
     """A game that keeps what it was asked."""
 
@@ -264,6 +282,9 @@ class _Recorder:
     @property
     def spent(self) -> int:
         return self.game.spent
+
+    def derivatives(self, points: Values) -> NDArray[np.float64]:
+        return self.game.derivatives(points)
 
     def __call__(self, coalitions: NDArray[np.bool_]) -> Values:
         values = self.game(coalitions)
