@@ -153,6 +153,7 @@ class Fit:
     left_out: Values  # [pairs], the same by the fit without the pair; NaN where without it there is none
     solve: NDArray[np.float64]  # [players, pairs], what a gap moves the values by
     seen: Values  # [pairs], which share of the pairs of its size is drawn
+    besides: Values  # [players], standard errors that are no gap's doing
 
 
 def fit(drawn: Drawn) -> Fit:
@@ -171,7 +172,7 @@ def fit(drawn: Drawn) -> Fit:
     free = 1 - np.einsum("pi,ip->p", signs, solve)
     unique = good.sum() == players - 1
     left_out = np.where(unique & (free > 1e-9), residuals / np.maximum(free, 1e-9), np.nan)
-    return Fit(drawn.total / players + offsets, residuals, left_out, solve, drawn.seen)
+    return Fit(drawn.total / players + offsets, residuals, left_out, solve, drawn.seen, np.zeros(players))
 
 
 def jackknife(found: Fit) -> Values:
@@ -179,7 +180,7 @@ def jackknife(found: Fit) -> Values:
 
     Infinite where, without one of the pairs, there would be no answer.
     """
-    return errors(found.solve, found.left_out, found.seen)
+    return np.asarray(np.hypot(errors(found.solve, found.left_out, found.seen), found.besides), np.float64)
 
 
 def errors(solve: NDArray[np.float64], left_out: Values, seen: Values) -> Values:

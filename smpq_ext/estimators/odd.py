@@ -22,6 +22,7 @@ NOISES = (1e-10, 1e-7, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # variance of what is
 APART = (0.0, 0.03, 0.1, 0.3, 1.0)  # prior variance of what one part of the samples has to itself, in the same units
 LEVEL = 100.0  # prior variance of a surrogate, in the same units: its coefficient is free
 CHOOSE = 300  # so many pairs tell which of them it is
+MOSTLY = 0.5  # share of the pairs of a size
 END = 1e-4  # noise of the pair of all and none, in units of the others': its gap is the sum of the values
 
 
@@ -95,15 +96,22 @@ def fit(parts: Sequence[Drawn], shares: Sequence[float] = (1.0,), surrogate: Val
     own, known = _owners(signs, share), games @ of_players.T
     owner = own + LEVEL * known + apart * np.asarray(shares)[part][:, None] * (own + known)
     values, residuals = owner.T @ dual, (noise * jitter * dual)[: len(seen)]
-    for k, drawn in enumerate(parts):  # a pair that was drawn stands for itself with what the ridge leaves of it
-        values += shares[k] * missed_by(drawn, residuals[k * count : (k + 1) * count], np.zeros(count))[0]
+    left_out, variance = (dual / np.diag(inverse))[: len(seen)], np.zeros(players)
+    for k, drawn in enumerate(parts):
+        # A pair that was drawn stands for itself with what the ridge leaves of it; where most of a size were, for the
+        # others, too, with what the ridge without it leaves.
+        of_part = np.s_[k * count : (k + 1) * count]
+        missed, error = missed_by(drawn, residuals[of_part], np.where(drawn.seen >= MOSTLY, left_out[of_part], 0))
+        values += shares[k] * missed
+        variance += (shares[k] * error) ** 2
     total = float(np.dot(shares, [drawn.total for drawn in parts]))
     return Fit(
         values=values + (total - values.sum()) / players,
         residuals=residuals,
-        left_out=(dual / np.diag(inverse))[: len(seen)],
+        left_out=left_out,
         solve=(owner.T @ inverse)[:, : len(seen)],
         seen=seen,
+        besides=np.sqrt(variance),
     )
 
 
