@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from smpq_ext.engine.evaluator import TorchEvaluator
 
 STEP = 32  # samples whose gradients are taken together
-FEW = 64  # samples that derivatives by mixtures are taken of: what they are for is not better with more
+FEW = 32  # samples that derivatives by mixtures are taken of: what they are for is not better with more
 
 Differentiate = Callable[[Tensor, list[Tensor]], list[Tensor]]  # loss, tensors -> one tensor for each
 

@@ -32,7 +32,7 @@ class Control:
 
     A game tells these by `derivatives(points) -> [points, players]` and `parts(most) -> ((share, game), ...)`; without
     weights and both it is 'odd', and `reason` of an attribution says what there was. Standard errors are delete-one
-    jackknife errors over the pairs. `batch` is about how many coalitions are asked at once.
+    jackknife errors over the pairs. `batch` is about how many coalitions a part is asked at once.
 
     Raises SmpqError where the budget pays for fewer than players / 2 pairs in all (or all, if there are fewer). Source:
     Aumann and Shapley, Values of non-atomic games (1974); Shoemaker, Principles and procedures of multiple matrix
@@ -40,7 +40,7 @@ class Control:
     here.
     """
 
-    points: int = 3
+    points: int = 1
     weights: Values | None = None
     batch: int = 256
 
@@ -51,10 +51,9 @@ class Control:
         most = max(1, MOST // max(budget // 2, 1))
         shares, parts = zip(*(game.parts(most) if hasattr(game, "parts") else [(1.0, game)]), strict=True)
         least = -(-(game.players // 2 + 1) // len(parts))
-        batch = max(self.batch // len(parts), 2)
         streams = rng.spawn(len(parts)) if len(parts) > 1 else [rng]
         pairs = [
-            ask_pairs("control variates", part, budget, least, batch, stream, besides=passes)
+            ask_pairs("control variates", part, budget, least, self.batch, stream, besides=passes)
             for part, stream in zip(parts, streams, strict=True)
         ]
         for drawn in zip(*pairs, strict=True):
@@ -62,7 +61,7 @@ class Control:
                 weights = aumann_shapley(ask, self.points)
             helps = [f"pairs on {len(parts)} parts of the samples"] if len(parts) > 1 else []
             if weights is not None and weights.any():
-                helps.append("surrogates from " + (f"{passes} backward passes" if passes else "given weights"))
+                helps.append("surrogates from " + ("derivatives" if passes else "given weights"))
             found = odd.fit(drawn, shares, weights)
             reason = f"control: {' and '.join(helps) or 'neither parts nor derivatives, as odd'}"
             yield Attribution(found.values, jackknife(found), passes + drawn[0].evaluations, reason)
