@@ -422,6 +422,38 @@ def test_a_loss_without_gradient_has_derivatives_of_zero() -> None:
     assert (ev.derivatives(np.full((1, *ev.space.mask.shape), 0.5, np.float32)) == 0).all()
 
 
+@pytest.mark.parametrize("loss", [None, F.cross_entropy])
+@pytest.mark.parametrize("sizes", [(16,), (12, 7, 5)])
+def test_parts_apply_the_loss_to_the_pieces_that_groups_are(loss: Any, sizes: tuple[int, ...]) -> None:
+    """A mean over labels that are not ignored is no mean over samples: other pieces would give other values."""
+    model, data = build("Branches", 0, sizes)
+    data = [(x, y.clone()) for x, y in data]
+    data[0][1][[0, 1, 5] if loss is None else [0, 3, 5]] = -100  # a whole group, where it can be ignored
+    ev = smpq_ext.evaluator(model, data, bits=(2, 4), renormalize=False, loss=loss)
+    rows = np.stack([ev.space.lowest(), ev.space.highest()])
+    of_groups = ev.by_group(rows)
+    for most in (2, 3, 100):
+        parts = ev.parts(most)
+        assert len(parts) > 1 and sum(share for share, _ in parts) == pytest.approx(1)
+        found = sum(share * part(rows) for share, part in parts)
+        np.testing.assert_allclose(found, of_groups @ ev.groups, rtol=1e-6)
+
+
+def test_where_there_is_no_backward_pass_derivatives_are_zero_and_the_random_state_stays() -> None:
+    model, data = build("Branches", 0)
+
+    def numpy_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return torch.from_numpy(np.square(outputs.numpy())).mean()
+
+    mixture = None
+    for loss in (numpy_loss, None):
+        ev = smpq_ext.evaluator(model, data, bits=(2, 4), loss=loss)
+        mixture = np.full((1, *ev.space.mask.shape), 0.5, np.float32)
+        before = torch.get_rng_state()
+        assert bool(ev.derivatives(mixture).any()) == (loss is None)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_groups_that_depend_on_other_samples_are_no_parts() -> None:
     model, data = build("Branches", 0)
     ev = smpq_ext.evaluator(model, data, bits=BITS, renormalize=True)

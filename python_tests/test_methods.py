@@ -220,6 +220,15 @@ def test_a_game_ends_when_the_rule_says_so(net: Net) -> None:
     assert asked["plan"] < asked[""] and asked["intervals"] < asked[""]
 
 
+def test_two_slots_are_searched_by_their_scores() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 4))
+    given = {"bits": BITS, "activation_bits": (), "fixed": {}, "budget": "weight-bits=3", "evaluations": 500}
+    for interactions in (False, True):
+        result = smpq_ext.search(model, [samples(64, 1)], **given, interactions=interactions)
+        assert result.finding == "2 slots that can move are too few to look beyond single ones"
+
+
 def test_settings_of_a_method_are_checked(net: Net) -> None:
     given = {"bits": BITS, "budget": "weight-bits=3"}
     with pytest.raises(SmpqError, match=r"^settings: the method 'shapley' has no 'interaction'; there are estimator, "):

@@ -144,7 +144,7 @@ def search(
         out.mkdir(parents=True, exist_ok=True)
         kept = distributed.kept(lambda: SqliteStore(store or out / "evaluations.sqlite"))
         bar = _Bar(kept)
-        known = [name for name in inspect.signature(Study).parameters if name in settings]
+        known = [name for name in ("self", *inspect.signature(Study).parameters) if name in settings]
         if known:
             raise SmpqError(f"set: {known[0]!r} is no setting of a method")
         study = Study(network, samples_, store=kept, progress=bar, **options, **settings)
@@ -364,7 +364,7 @@ def _settings(entries: list[str]) -> dict[str, Any]:
         if not equals or not name.isidentifier():
             raise SmpqError(f"set: name=value, such as interactions=true, not {entry!r}")
         try:
-            found[name] = json.loads(value)
+            found[name] = json.loads(value.lower() if value in ("True", "False") else value)
         except (ValueError, RecursionError):
             found[name] = value
     return found

@@ -7,7 +7,7 @@ import os
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
@@ -28,6 +28,11 @@ LARGEST = 1e100  # of the numbers in a file, of either sign: sums and figures of
 def is_whole(value: object) -> bool:
     """Whether it is an integer, Python's or NumPy's; True and False are none."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number, Python's or NumPy's; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 class SmpqError(Exception):
@@ -401,6 +406,9 @@ class Result:
                 raise ValueError(f"{name}: numbers of shape {wanted}, as the space has, not {array.shape}")
             if array is not None and "errors" in name and (array < 0).any():
                 raise ValueError(f"{name}: standard errors are not negative")
+            found = name in ("attribution.values", "attribution.pairs")
+            if array is not None and found and not np.isfinite(array).all():
+                raise ValueError(f"{name}: finite numbers are needed")
         for name, limit in self.budget.items():
             if not limit > 0:
                 raise ValueError(f"budget: {reprlib.repr(name)} is a number above 0, not {limit}")

@@ -178,7 +178,8 @@ class TorchEvaluator:
 
     def derivatives(self, mixtures: Mixtures) -> NDArray[np.float64]:
         """Of the value by the shares of mixtures [n, slots, candidates], straight-through, on a few of the samples."""
-        return gradients.derivatives(self, self._rows(mixtures))
+        with quiet(self.device):
+            return gradients.derivatives(self, self._rows(mixtures))
 
     def statistics(self, assignment: Assignments) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
         """Mean and biased variance of every re-estimated BatchNorm at an assignment [slots]."""
@@ -240,21 +241,31 @@ class TorchEvaluator:
         count = min(most, len(groups))
         if self.renormalize or self._mixes or count < 2:
             return ((1.0, self),)
-        edges = np.cumsum([0, *(b.size for b in self.batches)])
-        group = np.zeros(edges[-1], np.int64)
-        for part in self._parts:
-            group[edges[part.batch] + part.start : edges[part.batch] + part.stop] = part.group
-        return tuple(
-            (float(self.groups[own].sum()), self._subset(np.isin(group, own), measure=False))
-            for own in np.array_split(groups, count)
-        )
+        return tuple((float(self.groups[own].sum()), self._part(own)) for own in np.array_split(groups, count))
 
-    def _subset(self, kept: NDArray[np.bool_], measure: bool = True) -> TorchEvaluator:
+    def _part(self, groups: NDArray[np.int64]) -> TorchEvaluator:
+        """The same evaluator on these groups, the loss applied to the same pieces."""
+        batches, pieces = [], []
+        for b, batch in enumerate(self.batches):
+            own = sorted((p for p in self._parts if p.batch == b and p.group in groups), key=lambda p: p.start)
+            if not own:
+                continue
+            starts = np.cumsum([0, *(p.stop - p.start for p in own)]).tolist()
+            for p, (start, stop) in zip(own, itertools.pairwise(starts), strict=True):
+                group = int(np.searchsorted(groups, p.group))
+                pieces.append(dataclasses.replace(p, batch=len(batches), start=start, stop=stop, group=group))
+            batches.append(batch.take(torch.cat([torch.arange(p.start, p.stop) for p in own])))
+        other = copy.copy(self)
+        other.peak_bytes, other.float_loss = 0, math.nan
+        other._take(tuple(batches), tuple(pieces), self.groups[groups] / self.groups[groups].sum())
+        return other
+
+    def _subset(self, kept: NDArray[np.bool_]) -> TorchEvaluator:
         edges = np.cumsum([0, *(b.size for b in self.batches)])
         index = [torch.from_numpy(np.flatnonzero(kept[i:j])) for i, j in itertools.pairwise(edges)]
         other = copy.copy(self)
         other.peak_bytes = 0
-        other._bind(tuple(b.take(k) for b, k in zip(self.batches, index, strict=True) if len(k)), measure)
+        other._bind(tuple(b.take(k) for b, k in zip(self.batches, index, strict=True) if len(k)))
         return other
 
     def against_float(self, loss: losses.Loss) -> TorchEvaluator:
@@ -269,30 +280,32 @@ class TorchEvaluator:
 
     # The samples: parts, groups, chunks, fingerprint.
 
-    def _bind(self, batches: tuple[Batch, ...], measure: bool = True) -> None:
-        """Take these samples; where memory and loss need no measuring, they are some of those that it had."""
-        self.batches = batches
-        self._parts, self.groups = samples.parts(batches, functools.partial(losses.weight, self.loss_fn))
-        self.run_batches = batches
+    def _bind(self, batches: tuple[Batch, ...]) -> None:
+        """Take these samples, and measure what a row of them takes."""
+        parts, groups = samples.parts(batches, functools.partial(losses.weight, self.loss_fn))
+        run_batches = batches
         if self.renormalize:
-            self.run_batches = (samples.concatenate(batches),)
+            run_batches = (samples.concatenate(batches),)
             offset = [0, *itertools.accumulate(b.size for b in batches)]
-            self._parts = tuple(
+            parts = tuple(
                 dataclasses.replace(p, batch=0, start=offset[p.batch] + p.start, stop=offset[p.batch] + p.stop)
-                for p in self._parts
+                for p in parts
             )
-        data = [(b.inputs, None if self.loss_fn is losses.kl else b.targets, b.size) for b in batches]
-        self.digests = {**self.digests, "data": samples.digest(data)}
-        self.fingerprint = _digest(*sorted(self.digests.items()))
-        if not measure:
-            self.float_loss = math.nan
-            return
+        self._take(batches, parts, groups)
+        self.run_batches = run_batches
         with quiet(self.device):
             self._chunks()
             loss = self._losses()
             if not np.isfinite(loss).all():
                 self._complain(loss, None, [0])
         self.float_loss = float((self._per_group(loss) @ self.groups)[0])
+
+    def _take(self, batches: tuple[Batch, ...], parts: tuple[Part, ...], groups: NDArray[np.float64]) -> None:
+        self.batches = self.run_batches = batches
+        self._parts, self.groups = parts, groups
+        data = [(b.inputs, None if self.loss_fn is losses.kl else b.targets, b.size) for b in batches]
+        self.digests = {**self.digests, "data": samples.digest(data)}
+        self.fingerprint = _digest(*sorted(self.digests.items()))
 
     def _chunks(self) -> None:
         """How many rows and samples one forward takes, from the bytes that a single row of few samples occupies."""

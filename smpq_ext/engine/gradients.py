@@ -82,7 +82,7 @@ def hessian_scores(engine: TorchEvaluator, probes: int, seed: int) -> NDArray[np
 def derivatives(engine: TorchEvaluator, mixtures: Mixtures) -> NDArray[np.float64]:
     """Of the value, by the shares of mixtures [n, slots, candidates], straight-through; on up to FEW samples.
 
-    0 where the loss has no gradient, as an accuracy.
+    0 where the loss has no gradient, as an accuracy, or no backward pass can be made.
     """
     net = Supernet(engine)
     for tensor in (*net.model.parameters(), *net.steps):
@@ -97,12 +97,14 @@ def derivatives(engine: TorchEvaluator, mixtures: Mixtures) -> NDArray[np.float6
     shares = [losses.weight(engine.loss_fn, part.targets, part.size) for part in parts]
     found = np.zeros(mixtures.shape)
     for k, mixture in enumerate(mixtures):
-        torch.manual_seed(0)
         for part, share in zip(parts, shares, strict=True):
             leaf = torch.tensor(mixture, dtype=torch.float32, device=engine.device, requires_grad=True)
-            with torch.enable_grad():
-                loss = engine.loss_fn(net(part.inputs, leaf), part.targets)
-                (slope,) = torch.autograd.grad(loss, leaf, allow_unused=True) if loss.requires_grad else (None,)
+            try:
+                with torch.enable_grad():
+                    loss = engine.loss_fn(net(part.inputs, leaf), part.targets)
+                    (slope,) = torch.autograd.grad(loss, leaf, allow_unused=True) if loss.requires_grad else (None,)
+            except (RuntimeError, NotImplementedError, ValueError, TypeError):  # such as a numpy() on the way
+                return np.zeros(mixtures.shape)
             if slope is not None and share:
                 found[k] -= slope.cpu().double().numpy() * share / sum(shares)
     return found

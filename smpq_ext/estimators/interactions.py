@@ -34,8 +34,9 @@ class Interactions:
     difference evenly over the sizes of coalitions, "banzhaf" over all coalitions, which suffers less from noise: both
     by ridge regression on the parities of two and of four players, their shares and the noise being the likeliest; a
     pair that was drawn stands for itself, so sizes that are enumerated are exact. "faithful" are the pairs of the best
-    second-order model under the Shapley kernel, by least squares. Standard errors are delete-one jackknife errors.
-    `batch` is about how many coalitions are asked at once.
+    second-order model under the Shapley kernel, by least squares. Standard errors are delete-one jackknife errors, for
+    the first two no less than the posterior's; below 10 x players evaluations they may still be too small. `batch` is
+    about how many coalitions are asked at once.
 
     Raises SmpqError for another index, or where the budget is too small, and names the least. Source: Grabisch and
     Roubens, An axiomatic approach to the concept of interaction (1999); Tsai, Yeh, Ravikumar, Faith-Shap (JMLR 2023);
@@ -83,7 +84,10 @@ def _ridge(drawn: Drawn, index: str) -> Iterator[tuple[Values, Values]]:
     dual = inverse @ sums
     residuals = dual * np.append(np.full(len(sums) - 1, noise), noise * END)
     left_out = (dual / np.diag(inverse))[:-1]
-    whole = signs.sum(axis=1)
+    whole, scale = signs.sum(axis=1), float(sums @ dual) / len(sums)
+    prior = 4 * (1 - share) / max(comb(players, 2), 1)
+    if share and index == "shapley":
+        prior += 4 * share / comb(players, 4) / 9 * comb(players - 2, 2)
     for i, own in enumerate(signs.T):
         both = own[:, None] * signs  # [rows, players]
         # a parity of two counts double in the second difference, one of four gives a third of that to each of its pairs
@@ -93,7 +97,9 @@ def _ridge(drawn: Drawn, index: str) -> Iterator[tuple[Values, Values]]:
             owner = owner + 2 * share / comb(players, 4) / 3 * both * (others**2 - (players - 2)) / 2
         solve = owner.T @ inverse
         row = solve @ sums + _second_difference(drawn, signs, own, index).T @ residuals
-        row_errors = errors(solve[:, :-1], left_out, drawn.seen)
+        # no less than the posterior's, which knows what the ridge has drawn towards 0
+        unknown = np.sqrt(scale * np.maximum(prior - (solve * owner.T).sum(axis=1), 0)) * (drawn.seen < 1).any()
+        row_errors = np.maximum(errors(solve[:, :-1], left_out, drawn.seen), unknown)
         row[i] = row_errors[i] = 0.0
         yield row, row_errors
 

@@ -85,10 +85,13 @@ class Shapley:
         low = np.maximum(plan - 1, 0).astype(np.int8)
         high = np.minimum(plan + 1, problem.space.highest()).astype(np.int8)
         players = int((low != high).sum())
+        if players < 3:
+            few = f"{players} slots that can move are too few to look beyond single ones"
+            return Answer(plan, scores.damage, scores.errors, float(scores.predict(plan)[0]), finding=few)
         left = problem.evaluations - measured - 2 * (self.finalists + 2)  # what the last comparison takes is set aside
         probes = min(32 + players, left // 4)
         pairs = min(2 * players + 1, (left - probes) // 2)
-        if players < 2 or probes < 8 or pairs < 1 + min(2 * players, 2 ** (players - 1) - 1):
+        if probes < 8 or pairs < 1 + min(2 * players, 2 ** (players - 1) - 1):
             few = (
                 f"too few evaluations ({problem.evaluations}) to look beyond single slots; about "
                 + str(measured + 2 * (self.finalists + 2) + 32 + 5 * players)
