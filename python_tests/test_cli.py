@@ -206,7 +206,7 @@ BAD = {
     "weight-bits": search(budget="weight-bits=1"),  # cannot be reached
     "method: 'magic' is not known": search(method="magic"),
     "evaluations: a positive integer, not 0": search(evaluations=0),
-    "seconds: a positive number, not -1.0": search(seconds=-1),
+    "seconds: a positive number below 1e+09, not -1.0": search(seconds=-1),
     "evaluations: 3 are too few": search(evaluations=3),
     "Invalid value for '--seed'": search(seed=9999999999999999999999),
     "fixed: layer=width": search(fixed="0"),
