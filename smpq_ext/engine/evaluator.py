@@ -258,6 +258,9 @@ class TorchEvaluator:
         other = copy.copy(self)
         other.peak_bytes, other.float_loss = 0, math.nan
         other._take(tuple(batches), tuple(pieces), self.groups[groups] / self.groups[groups].sum())
+        # these samples by themselves would be grouped in another way
+        other.digests = {**other.digests, "data": _digest("part", other.digests["data"], pieces)}
+        other.fingerprint = _digest(*sorted(other.digests.items()))
         return other
 
     def _subset(self, kept: NDArray[np.bool_]) -> TorchEvaluator:
