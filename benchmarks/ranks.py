@@ -26,7 +26,7 @@ from benchmarks.timing import seconds
 from smpq_ext import distributed
 from smpq_ext.core import Evaluator
 
-ROWS = (8, 128, 1024)
+ROWS = (8, 128)
 
 
 class Nothing:
