@@ -310,9 +310,15 @@ def main() -> None:
     given = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(given.threads)
-    table = [row for name in given.games for row in measure(name, given.seeds, given.most)]
+    table: list[dict[str, Any]] = []
+    for name in given.games:
+        table += measure(name, given.seeds, given.most)
+        save(table, given.seeds)  # after every game: all of them take an hour and more
+
+
+def save(table: Sequence[dict[str, Any]], seeds: int) -> None:
     note = " ".join((__doc__ or "").partition("    python")[0].split())
-    save_table("sampling", table, f"{note} {given.seeds} seeds.")
+    save_table("sampling", table, f"{note} {seeds} seeds.")
     save_table(
         "sampling_goal",
         summary(table),
