@@ -10,7 +10,7 @@ difference from the truth by that of the truth, mean ± standard error over the 
 synthetic games, else the mean of two long runs of antithetic permutations; "truth": what its own error is, as they show
 it.
 
-    python -m benchmarks.sampling [--seeds 3] [--games "near 3" ...] [--most 50]
+    python -m benchmarks.sampling [--seeds 3] [--games "near 3" ...] [--most 100]
 
 Arms of shapiq are there where it is installed (`pip install smpq_ext[bench]`). Values are kept in the folder that
 SMPQ_CACHE names (default: smpq_ext in the folder for temporary files), so a second run only takes times.
@@ -52,8 +52,9 @@ from smpq_ext.store import Recorded, SqliteStore
 
 TRUTH = 250  # evaluations for each player, in each of two runs
 TIMES = (2, 3, 5, 7, 10, 20, 50)  # evaluations for each player
+LONG = (100,)  # and of the samplers that the plain loop uses, to see when they reach the goal
 TIMED = 10  # of which one is timed without what is kept
-PAPER = "truncated"  # of accuracies only, and what the goal of those games comes from
+PLAIN, PAPER = "permutation", "truncated"  # the second of accuracies only, the goal of those games comes from it
 GAMES: dict[str, tuple[str, float | None] | int] = {
     "interval": ("ResNet-20", None),
     "near 2.5": ("ResNet-20", 2.5),
@@ -195,7 +196,7 @@ def measure(name: str, seeds: int, most: float) -> list[dict[str, Any]]:
     rows = []
     for arm, estimator in arms(name.endswith("accuracy")).items():
         each = None  # seconds of an evaluation
-        for times in (t for t in TIMES if t <= most):
+        for times in (t for t in (*TIMES, *(LONG if arm in (PLAIN, PAPER) else ())) if t <= most):
             budget = times * game.players
             try:
                 found = [run(estimator, game, budget, seed)[0] for seed in range(seeds)]
@@ -250,7 +251,7 @@ def summary(table: Sequence[dict[str, Any]], goal: float = 0.01) -> list[dict[st
         for row in table:
             if row["game"] == game:
                 of.setdefault(row["estimator"], []).append(row)
-        plain, wanted = ("permutation", goal)
+        plain, wanted = PLAIN, goal
         if PAPER in of:
             plain, wanted = PAPER, 1.1 * min(row["error"] for row in of[PAPER])
         loop = reached(of[plain], wanted, "B2 seconds")
@@ -286,7 +287,7 @@ def curves(table: Sequence[dict[str, Any]]) -> Figure:
                 style = {"color": f"C{k % 10}", "linestyle": "--" if name.startswith("shapiq") else "-"}
                 axis.plot([r[by] for r in rows], [r["error"] for r in rows], marker=".", label=name, **style)
                 loop = [r["B2 seconds"] for r in rows]
-                if by == "seconds" and name in ("permutation", PAPER) and loop[0] is not None:
+                if by == "seconds" and name in (PLAIN, PAPER) and loop[0] is not None:
                     axis.plot(loop, [r["error"] for r in rows], ":", color=f"C{k % 10}", label=f"{name} on B2")
             axis.set(xscale="log", yscale="log", title=game, xlabel={"m": "evaluations"}.get(by, by), ylabel="error")
     figure.legend(*_legend(axes), loc="outside lower center", ncols=5, fontsize=7)
@@ -305,7 +306,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--games", nargs="+", choices=GAMES, default=list(GAMES))
-    parser.add_argument("--most", type=float, default=TIMES[-1], help="evaluations for each player, at most")
+    parser.add_argument("--most", type=float, default=LONG[-1], help="evaluations for each player, at most")
     parser.add_argument("--threads", type=int, default=THREADS)
     given = parser.parse_args()
     keep_freed_memory()
