@@ -27,7 +27,7 @@ test: build
 lint: $(VENV)/.packages
 	ruff check .
 	ruff format --check .
-	mypy --strict smpq_ext/core.py smpq_ext/registry.py smpq_ext/games.py smpq_ext/budget.py smpq_ext/store.py \
+	mypy --strict smpq_ext/typed.py smpq_ext/core.py smpq_ext/registry.py smpq_ext/games.py smpq_ext/budget.py smpq_ext/store.py \
 	  smpq_ext/surrogate.py smpq_ext/stopping.py smpq_ext/estimators smpq_ext/solvers smpq_ext/report
 	clang-format --dry-run --Werror $$(find csrc python_tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 

@@ -1,10 +1,12 @@
 """Where interactions are real, and what evaluations that are spent on them buy.
 
 "missed": share of the variance of the loss that the best line through additive single-slot scores leaves unexplained,
-over 200 random coalitions of the neighbourhood game of the single-slot plan (every slot a step below or above it), ±
-standard error. Scores and losses are measured on two halves of the samples, and only what both halves agree on counts:
-sampling noise does not. "supernet": coalitions of (slot, candidate) pairs of SMPQ's mixture; scores are what the loss
-rises by where one candidate is taken out of the full set. The ViT has random weights.
+over 200 random coalitions of the neighbourhood game of the single-slot plan (every slot a step below or above it): 1
+minus the squared correlation of loss and prediction, with products of two different ones of 16 groups of samples for
+variances and covariances, so that what differs between samples by chance has no part in it (but for re-estimated
+statistics, which are those of a half). ±: standard error, by jackknives over the groups and over the coalitions.
+"supernet": coalitions of (slot, candidate) pairs of SMPQ's mixture; scores are what the loss rises by where one
+candidate is taken out of the full set. The ViT has random weights.
 
     python -m benchmarks.interactions [--seeds 3] [--only missed|spent]
 """
@@ -30,8 +32,7 @@ from smpq_ext.budget import parse
 from smpq_ext.core import Problem
 from smpq_ext.engine.evaluator import TorchEvaluator
 from smpq_ext.games import IntervalGame, SupernetGame
-from smpq_ext.methods.shapley import missed_share
-from smpq_ext.methods.single import score_singles
+from smpq_ext.methods.single import singles
 from smpq_ext.solvers.milp import Milp
 
 COALITIONS = 200
@@ -66,27 +67,62 @@ def of_slots(model: str, bits: float) -> dict[str, Any]:
     both = halves(model)
     space = both[0].space
     budget = parse(MODELS[model][2].format(bits), space)
-    scores = [score_singles(Problem(space, budget, ev, None, ev, 10**6, 0), ev) for ev in both]
-    plan = Milp()(scores[0].damage + scores[1].damage, budget)
+    alone = singles(Problem(space, budget, both[0], None, both[0], 10**6, 0))
+    base, *others = losses(both, alone)
+    damage = np.zeros((*space.mask.shape, len(base)))  # [slots, candidates, groups]
+    for row, loss in zip(alone[1:], others, strict=True):
+        slot = int(np.flatnonzero(row != alone[0])[0])
+        damage[slot, row[slot]] = loss - base
+    plan = Milp()(np.where(space.mask, damage @ shares(both), np.inf), budget)
     around = np.maximum(plan - 1, 0).astype(np.int8), np.minimum(plan + 1, space.highest()).astype(np.int8)
     game = IntervalGame(both[0], *around)
     rows = game.assignments(coalitions(game.players))
-    losses = -both[0](rows), -both[1](rows)
-    share, error = missed_share(losses, (scores[0].predict(rows), scores[1].predict(rows)))
+    predicted = damage[np.arange(len(plan)), rows].sum(axis=1)
+    share, error = missed(losses(both, rows), predicted, shares(both))
     return {"model": model, "budget": f"{bits:g} bits", "players": game.players, "missed": share, "±": error}
 
 
 def of_supernet(model: str) -> dict[str, Any]:
-    games = [SupernetGame(ev, np.zeros(ev.space.mask.shape)) for ev in halves(model)]
-    players = games[0].players
-    rows, without = coalitions(players), ~np.eye(players, dtype=np.bool_)
-    losses, predicted = [], []
-    for game in games:
-        damage = game(np.ones((1, players), np.bool_)) - game(without)
-        losses.append(-game(rows))
-        predicted.append((~rows * damage).sum(axis=1))
-    share, error = missed_share((losses[0], losses[1]), (predicted[0], predicted[1]))
+    both = halves(model)
+    game = SupernetGame(both[0], np.zeros(both[0].space.mask.shape))
+    players = game.players
+    rows = coalitions(players)
+    alone = np.concatenate([np.ones((1, players), np.bool_), ~np.eye(players, dtype=np.bool_)])
+    base, *others = losses(both, game.mixtures(alone))
+    predicted = ~rows @ (np.stack(others) - base)
+    share, error = missed(losses(both, game.mixtures(rows)), predicted, shares(both))
     return {"model": f"supernet of {model}", "budget": "–", "players": players, "missed": share, "±": error}
+
+
+def losses(both: tuple[TorchEvaluator, TorchEvaluator], rows: NDArray[Any]) -> NDArray[np.float64]:
+    """By coalition and group of samples, [n, groups]."""
+    return -np.concatenate([ev.by_group(rows) for ev in both], axis=1)
+
+
+def shares(both: tuple[TorchEvaluator, TorchEvaluator]) -> NDArray[np.float64]:
+    return np.concatenate([ev.groups for ev in both]) / 2
+
+
+def missed(
+    losses: NDArray[np.float64], predicted: NDArray[np.float64], shares: NDArray[np.float64]
+) -> tuple[float, float]:
+    """The share of the variance that predictions [n, groups] miss, and its standard error."""
+
+    def share(rows: Any, groups: Any) -> float:
+        x, y, w = predicted[rows][:, groups], losses[rows][:, groups], shares[groups] / shares[groups].sum()
+        x, y = x - x.mean(axis=0), y - y.mean(axis=0)
+
+        def covariance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+            return float((a @ w) @ (b @ w) - ((a * b).sum(axis=0) * w**2).sum())  # without products of one group
+
+        return 1 - covariance(x, y) ** 2 / (covariance(x, x) * covariance(y, y))
+
+    variance = 0.0
+    every = [np.arange(count) for count in losses.shape]
+    for axis, count in enumerate(losses.shape):
+        without = [share(*(np.delete(e, k) if a == axis else e for a, e in enumerate(every))) for k in range(count)]
+        variance += (count - 1) * float(np.var(without))
+    return share(*every), variance**0.5
 
 
 def coalitions(players: int) -> NDArray[np.bool_]:

@@ -44,7 +44,7 @@ from benchmarks.bench_engine import BITS, THREADS, evaluators
 from benchmarks.environment import RESULTS, save_table
 from benchmarks.timing import keep_freed_memory, seconds
 from smpq_ext import registry
-from smpq_ext.core import Attribution, Coalitions, Game, SmpqError, Values
+from smpq_ext.core import Attribution, Coalitions, Game, TooFew, Values
 from smpq_ext.engine.evaluator import TorchEvaluator
 from smpq_ext.engine.gradients import squared_gradients
 from smpq_ext.games import IntervalGame
@@ -200,7 +200,7 @@ def measure(name: str, seeds: int, most: float) -> list[dict[str, Any]]:
             budget = times * game.players
             try:
                 found = [run(estimator, game, budget, seed)[0] for seed in range(seeds)]
-            except SmpqError:  # too few evaluations for this one
+            except TooFew:
                 continue
             own = float(np.median([run(estimator, game, budget, seed)[1] for seed in range(seeds)]))  # all known now
             if not isinstance(kind, int) and each is None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smpq_ext.core import Budget, Infeasible, Limit, Product, SmpqError, Space
+from smpq_ext.core import Budget, Infeasible, Limit, Product, SmpqError, Space, TooFew
 
 
 class Polynomial:
@@ -59,7 +59,7 @@ def third_order(players, seed=0):
 
 
 def smallest_budget(estimator, game):
-    with pytest.raises(SmpqError, match=r"^evaluations: 1 are too few") as caught:
+    with pytest.raises(TooFew, match=r"^evaluations: 1 are too few") as caught:
         next(estimator.steps(game, 1, np.random.default_rng(0)))
     return int(re.findall(r"\d+", str(caught.value))[-1])
 
@@ -122,7 +122,7 @@ class EstimatorContract:
     def test_a_budget_too_small_is_refused_and_the_smallest_named(self, estimator, players):
         game = additive(players)
         least = smallest_budget(estimator, game)
-        with pytest.raises(SmpqError, match=rf"\b{least - 1} are too few.*\b{least}$"):
+        with pytest.raises(TooFew, match=rf"\b{least - 1} are too few.*\b{least}$"):
             next(estimator.steps(game, least - 1, np.random.default_rng(0)))
         assert next(estimator.steps(game, least, np.random.default_rng(0))).values.shape == (players,)
 
@@ -235,6 +235,12 @@ class SolverContract:
         with pytest.raises(Infeasible, match=r"weight-bits=1.5 \(bits\).*smallest possible is 3\.23457$"):
             solver(np.zeros((2, 2)), Budget((Limit("weight-bits", "bits", 1.5, cost),)))
         np.testing.assert_array_equal(solver(np.zeros((2, 2)), Budget((Limit("w", "bits", 3.23457, cost),))), [0, 0])
+
+    @pytest.mark.parametrize("pairwise", [None, np.ones((2, 2, 2, 2))])
+    def test_tied_slots_without_a_candidate_in_common_are_infeasible(self, solver, pairwise):
+        table, budget = np.array([[np.inf, 0.0], [0.0, np.inf]]), Budget((), ((0, 1),))
+        with pytest.raises(SmpqError, match=r"have no candidate in common|take solver"):
+            solver(table, budget, pairwise)
 
     def test_what_is_not_allowed_counts_in_the_smallest_possible(self, solver):
         table = np.array([[np.inf, 0.0], [0.0, 0.0]])

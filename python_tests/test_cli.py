@@ -339,9 +339,9 @@ def test_settings_of_the_method_are_given_by_name(smpq, room):
     assert Result.load(room / "settings").attribution.pairs is not None
     for wrong, said in {
         "interactions": "set: name=value",
-        "seed=3": "set: 'seed' is no setting of a method",
-        "model=3": "set: 'model' is no setting of a method",
-        "finalists=abc": "finalists: a positive int is needed",
+        "seed=3": "settings: the method 'shapley' has no 'seed'",
+        "model=3": "settings: the method 'shapley' has no 'model'",
+        "finalists=abc": "finalists: a positive whole number is needed",
         "depth=3": "settings: the method 'shapley' has no 'depth'",
         "stop=soon": "stop: 'intervals' or 'plan'",
     }.items():

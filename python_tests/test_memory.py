@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -53,10 +54,11 @@ def test_a_forward_faults_in_no_memory_and_an_evaluator_leaves_none_behind() -> 
 
 
 SOAK = """
-import resource, sys
-import numpy as np, torch
+import json, sys
+import torch
 from torch import nn
 import smpq_ext
+from benchmarks.soak import soak
 from smpq_ext.store import Recorded, SqliteStore
 
 torch.manual_seed(0)
@@ -64,13 +66,8 @@ convolutions = [nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1),
 layers = [part for c in convolutions for part in (c, nn.BatchNorm2d(16), nn.ReLU())]
 model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)).eval()
 data = [(torch.randn(16, 3, 16, 16), torch.randint(0, 4, (16,)))]
-ev = Recorded(smpq_ext.evaluator(model, data, bits=(2, 4, 8), fixed={}), SqliteStore(sys.argv[1]))
-rng = np.random.default_rng(0)
-for k in range(100):
-    rows = rng.integers(0, 3, (10, len(ev.slots))).astype(np.int8)
-    ev(rows), ev(rng.dirichlet((1, 1, 1), (10, len(ev.slots))).astype(np.float32))
-    if k in (9, 99):
-        print(ev.computed, int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize())
+ev = smpq_ext.evaluator(model, data, bits=(2, 3, 4, 5, 6, 8), fixed={})
+print(json.dumps(soak(Recorded(ev, SqliteStore(sys.argv[1])), 2200)))
 """
 
 
@@ -78,7 +75,8 @@ for k in range(100):
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 def test_memory_stays_flat_over_two_thousand_evaluations(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SOAK, str(tmp_path / "evaluations.sqlite")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    (_, warm), (evaluations, last) = (map(int, line.split()) for line in done.stdout.splitlines())
-    assert evaluations > 1900  # random rows seldom repeat
-    assert last < 1.05 * warm
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    warm, *later = (row["resident"] for row in json.loads(done.stdout))
+    assert len(later) == 10
+    assert max(later) < 1.05 * warm

@@ -70,6 +70,26 @@ def test_names_from_the_model_are_escaped():
     assert b"$x_1$" in drawn["scores"]
 
 
+def test_the_pairs_that_stand_out_come_first_and_what_the_estimator_chose_is_said():
+    result = a_result(4)
+    players = len(result.space.slots)
+    found, errors = np.zeros((2, players, players))
+    for (i, j), (value, error) in {(0, 2): (0.5, 0.2), (1, 3): (-0.03, 0.001), (0, 1): (0.1, 0.5)}.items():
+        found[[i, j], [j, i]], errors[[i, j], [j, i]] = value, error
+    attribution = dataclasses.replace(result.attribution, reason="odd: since <it>", pairs=found, pair_errors=errors)
+    result = dataclasses.replace(result, attribution=attribution)
+    names = [slot.name for slot in result.space.slots]
+    assert tables.pairs(result).rows == (
+        (names[1], names[3], "-0.0300 ± 0.0010"),
+        (names[0], names[2], "0.50 ± 0.20"),
+        (names[0], names[1], "0.10 ± 0.50"),
+    )
+    html = page.render(result, {})
+    checked(html)
+    assert "Which slots interact" in html and "odd: since &lt;it&gt;" in html
+    assert "Which slots interact" not in page.render(a_result(4), {})
+
+
 def test_a_saved_result_gives_the_same_page_again(tmp_path):
     result = a_result()
     result.save(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import os
 import signal
 import sqlite3
@@ -21,7 +22,7 @@ from test_methods import BITS, BUDGET, Net, net, samples
 
 import smpq_ext
 from smpq_ext import driver
-from smpq_ext.core import Result, SmpqError
+from smpq_ext.core import Result, SmpqError, TooFew
 from smpq_ext.engine import evaluator as engine
 
 __all__ = ["net"]
@@ -84,12 +85,15 @@ def test_a_store_of_another_study_is_not_used_and_told_what_differs(
 
 def test_seconds_become_evaluations_once(net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pace = iter([0.01, 5.0])
-    monkeypatch.setattr(driver.Study, "seconds_per_evaluation", lambda self: next(pace))
+    monkeypatch.setattr(driver.Study, "seconds_per_evaluation", property(lambda self: next(pace)))
     timed = functools.partial(run, net, evaluations=None, seconds=2.5, store=tmp_path / "evaluations.sqlite")
     first, again = timed(), timed()
     assert first.plan.to_json() == again.plan.to_json() and first.evaluations == again.evaluations <= 250
     assert next(pace) == 5.0  # the second search did not measure
     assert first.plan.to_json() == run(net, evaluations=250).plan.to_json()
+    monkeypatch.setattr(driver.Study, "seconds_per_evaluation", 1.0)
+    with pytest.raises(TooFew, match=r"seconds: 3\.5 pay for 3; evaluations: 3 are too few"):
+        run(net, evaluations=None, seconds=3.5)
     with pytest.raises(SmpqError, match="seconds: give this or evaluations"):
         run(net, seconds=1)
     for wrong in (0, -1, float("inf"), float("nan"), "10min"):
@@ -142,7 +146,10 @@ def test_killed_at_a_hundred_moments_it_goes_on_and_loses_nothing_reported(tmp_p
             assert not killed(whole)
             life = time.perf_counter() - start
         rng, hits = np.random.default_rng(0), 0
-        while hits < 100:
+        for search in itertools.count(1):
+            if hits >= 100:
+                break
+            assert search <= 100, f"only {hits} kills have hit"
             folder = Path(tempfile.mkdtemp(dir=tmp_path))
             while killed(folder, rng.uniform(0.01, life)):
                 hits += 1

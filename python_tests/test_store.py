@@ -296,13 +296,6 @@ class TestRecorded:
         assert np.isfinite(memory(rows)).all()
         assert memory.computed == 4
 
-    def test_progress_counts_what_is_computed(self):
-        seen = []
-        evaluator = FakeEvaluator(SPACE, DAMAGE, rows_per_batch=2)
-        memory = Recorded(evaluator, MemoryStore(), progress=lambda done, total: seen.append((done, total)))
-        memory(np.array([[0, 0, 0], [0, 0, 0], [1, 0, 0], [2, 0, 0]], np.int8))
-        assert seen == [(2, 3), (3, 3)]
-
     def test_no_rows_have_no_values(self):
         _, memory = recorded()
         assert memory.by_group(np.zeros((0, 3), np.int8)).shape == (0, 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import json
 import logging
@@ -144,17 +143,15 @@ def search(
         out.mkdir(parents=True, exist_ok=True)
         kept = distributed.kept(lambda: SqliteStore(store or out / "evaluations.sqlite"))
         bar = _Bar(kept)
-        known = [name for name in ("self", *inspect.signature(Study).parameters) if name in settings]
-        if known:
-            raise SmpqError(f"set: {known[0]!r} is no setting of a method")
-        study = Study(network, samples_, store=kept, progress=bar, **options, **settings)
+        study = Study(network, samples_, store=kept, progress=bar, settings=settings, **options)
         bar.begin(study)
         result = study.run()
         bar.end()
     except KeyboardInterrupt:
         if bar is not None:
             bar.end()
-        known = bar.known() if bar is not None else 0
+        several = distributed.ranks() > 1  # interrupted at different points, they can ask nothing of each other
+        known = "those of all finished batches" if several else bar.known() if bar is not None else 0
         _say(f"interrupted, {known} evaluations are saved; to go on: {_command()}")
         raise typer.Exit(130) from None
     finally:
@@ -274,7 +271,7 @@ class _Bar:
         for name, reason in study.engine.left_out.items():
             typer.echo(f"not quantized: {name}: {reason}")
         self.total = study.problem.evaluations
-        self.pace = study.seconds_per_evaluation()
+        self.pace = study.seconds_per_evaluation
         known = self.known()
         typer.echo(
             f"{len(study.engine.slots)} slots, at most {self.total} evaluations at {self.pace:.3g} s (measured): "

@@ -85,7 +85,7 @@ class SharedEvaluator:
                 "processor must be the same on all ranks"
             )
         self.rows_per_batch = sum(int(n) for n in _gather(str(evaluator.rows_per_batch).encode()))
-        self.rates = np.ones(ranks())  # rows per second, as far as is known
+        self.rates = np.ones(ranks())  # in units of the mean of all
 
     def __call__(self, mixtures: Mixtures | Assignments) -> Values:
         """Mixtures [n, slots, candidates] or assignments [n, slots] to values [n]."""
@@ -117,9 +117,7 @@ class SharedEvaluator:
                     f"distributed: rank {r} asks for other rows than rank 0; the same library versions and kind of "
                     "processor are needed on all ranks"
                 )
-        rates = np.array([report["rate"] for report in told])
-        if (rates > 0).all():
-            self.rates = rates if (self.rates == 1).all() else (1 - SMOOTHING) * self.rates + SMOOTHING * rates
+        self.rates = learned(self.rates, np.array([report["rate"] for report in told]))
         values = b"".join(piece.partition(b"\n")[2] for piece in pieces)
         return np.frombuffer(values, "<f8").astype(np.float64).reshape(len(mixtures), len(self.groups))
 
@@ -196,6 +194,19 @@ def _store_of_this_attempt() -> tuple[dist.Store, int, int]:
             if time.monotonic() > deadline:
                 raise
             time.sleep(PATIENCE)
+
+
+def learned(rates: NDArray[np.float64], measured: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The rates [ranks] after a batch, in units of their mean; `measured` in rows per second, 0 of a rank without rows.
+
+    Such a rank comes back to the others' rate little by little, so that it gets a row, and is measured, again.
+    """
+    had = measured > 0
+    if not had.any():
+        return rates
+    now = np.where(had, measured * rates[had].mean() / measured[had].mean(), rates[had].mean())
+    new = (1 - SMOOTHING) * rates + SMOOTHING * now
+    return np.asarray(new / new.mean(), np.float64)
 
 
 def shares(rows: int, rates: NDArray[np.float64]) -> list[int]:

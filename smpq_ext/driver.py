@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import os
@@ -20,11 +21,12 @@ from torch.utils.data import RandomSampler
 import smpq_ext
 from smpq_ext import budget as budgets
 from smpq_ext import distributed, registry
-from smpq_ext.core import Answer, Evaluator, Method, Plan, Problem, Result, SmpqError, Store, is_number, is_whole
+from smpq_ext.core import Answer, Evaluator, Method, Plan, Problem, Result, SmpqError, Store, TooFew
 from smpq_ext.engine.apply import apply
 from smpq_ext.engine.evaluator import evaluator as make_evaluator
 from smpq_ext.solvers.milp import Milp
 from smpq_ext.store import MemoryStore, Recorded, SqliteStore, differences
+from smpq_ext.typed import is_number, is_whole
 
 HOLDOUT_SHARE = 0.25
 MOST_SECONDS = 1e9
@@ -36,6 +38,13 @@ SAME_LOSS = 0.02
 LOG = logging.getLogger("smpq_ext")
 
 Progress = Callable[[str, int, int], None]
+
+SETTINGS: dict[Any, tuple[str, Callable[[Any], bool]]] = {  # of methods, by annotation: what is needed, what has it
+    bool: ("true or false", lambda v: isinstance(v, bool)),
+    int: ("a positive whole number", lambda v: is_whole(v) and v > 0),
+    float: ("a positive number", lambda v: is_number(v) and 0 < v < np.inf),
+    str: ("text", lambda v: isinstance(v, str)),
+}
 
 
 def search(
@@ -88,7 +97,7 @@ def search(
         store=store,
         fixed=fixed,
         progress=progress,
-        **settings,
+        settings=settings,
     )
     try:
         return study.run()
@@ -116,7 +125,7 @@ class Study:
         store: str | os.PathLike[str] | Store | None,
         fixed: Mapping[str, int | str] | None,
         progress: bool | Progress,
-        **settings: Any,
+        settings: Mapping[str, Any],
     ) -> None:
         self._clock = _Clock()
         if evaluations is not None and not (is_whole(evaluations) and evaluations > 0):
@@ -131,7 +140,11 @@ class Study:
             raise SmpqError(f"method: a name from `smpq list`, or an object with `allocate`, not {method!r}")
         if not (isinstance(progress, bool) or callable(progress)):
             raise SmpqError(f"progress: True, False or a callable(stage, done, total), not {progress!r}")
-        if store is not None and not isinstance(store, str | os.PathLike) and not hasattr(store, "append"):
+        if (
+            store is not None
+            and not isinstance(store, str | os.PathLike)
+            and not (hasattr(store, "read") and hasattr(store, "append"))
+        ):
             raise SmpqError(f"store: a path, or an object with `read` and `append`, not {store!r}")
         if store in ("", ":memory:"):
             raise SmpqError(f"store: {store!r} keeps nothing; name a file, or leave it out")
@@ -173,6 +186,7 @@ class Study:
         for module, why in self.engine.left_out.items():
             LOG.warning("not quantized: %s (%s)", module, why)
         self._parts = [recorded(part) for part in parts if part is not None]
+        self._seconds = seconds
         if seconds is not None:
             evaluations = self._affordable(seconds, kept)
         self.problem = Problem(
@@ -190,8 +204,9 @@ class Study:
         )
         self._clock.lap("calibrate")
 
+    @functools.cached_property
     def seconds_per_evaluation(self) -> float:
-        """Measured on a batch of rows, after one to warm up; all ranks of a process group have to ask."""
+        """Measured once, on a batch of rows, after one to warm up; all ranks of a process group have to ask."""
         evaluator, highest = self._whole.evaluator, self.engine.space.highest()
         rows = np.random.default_rng(0).integers(0, highest + 1, (evaluator.rows_per_batch, len(highest)))
         rows = rows.astype(np.int8)
@@ -204,14 +219,19 @@ class Study:
         """How many evaluations the seconds pay for: measured once and kept, so that a second run asks the same."""
         study = f"{self.engine.fingerprint} for {seconds:g} s"
         if not kept.read(study):
-            kept.append(study, {b"evaluations": np.array([max(1.0, seconds // self.seconds_per_evaluation())])})
+            kept.append(study, {b"evaluations": np.array([max(1.0, seconds // self.seconds_per_evaluation)])})
         return int(kept.read(study)[b"evaluations"][0])
 
     def run(self) -> Result:
         """Search, apply the plan, and verify it by a forward pass of the applied model."""
         engine, problem = self.engine, self.problem
         self._clock.restart()
-        answer = self.method.allocate(problem)
+        try:
+            answer = self.method.allocate(problem)
+        except TooFew as error:
+            if self._seconds is None:
+                raise
+            raise TooFew(f"seconds: {self._seconds:g} pay for {problem.evaluations}; {error}") from error
         if not isinstance(answer, Answer):
             raise SmpqError(f"method {self.name}: allocate returned {answer!r}, not a smpq_ext.core.Answer")
         if not problem.budget.feasible(answer.assignment).all():
@@ -264,23 +284,16 @@ class Study:
 
 
 def _made(method: str | Method, settings: Mapping[str, Any]) -> Method:
-    """The method itself. Raises SmpqError where it has no such setting, or one is of another type than its default."""
+    """The method itself. Raises SmpqError where it has no such setting, or one is of another type."""
     kind = registry.find("methods", method) if isinstance(method, str) else lambda: method
-    known = inspect.signature(kind).parameters
+    known = inspect.signature(kind, eval_str=True).parameters
     for name, value in settings.items():
         if name not in known:
             there_are = f"there are {', '.join(known)}" if known else "there are none"
             raise SmpqError(f"settings: the method {method!r} has no {name!r}; {there_are}")
-        wanted = type(known[name].default)
-        good = {
-            bool: lambda v: isinstance(v, bool),
-            int: lambda v: is_whole(v) and v > 0,
-            float: lambda v: is_number(v) and 0 < v < np.inf,
-            str: lambda v: isinstance(v, str),
-        }[wanted]
+        words, good = SETTINGS.get(known[name].annotation, ("", lambda v: True))
         if not good(value):
-            number = "a positive " if wanted in (int, float) else ""
-            raise SmpqError(f"{name}: {number}{wanted.__name__} is needed, not {value!r}")
+            raise SmpqError(f"{name}: {words} is needed, not {value!r}")
     made: Method = kind(**settings)
     return made
 

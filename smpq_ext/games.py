@@ -5,7 +5,19 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from smpq_ext.core import Assignments, Budget, Coalitions, Evaluator, Game, Mixtures, SmpqError, Space, Table, Values
+from smpq_ext.core import (
+    Assignments,
+    Budget,
+    Coalitions,
+    Evaluator,
+    Game,
+    Mixtures,
+    SmpqError,
+    Space,
+    Table,
+    TooFew,
+    Values,
+)
 
 
 class IntervalGame:
@@ -26,21 +38,21 @@ class IntervalGame:
             raise SmpqError("interval game: low and high are the same assignment, there is nothing to attribute")
         self.players = len(self.slots)
         self._spent = 0.0
-        self._parts: tuple[tuple[float, IntervalGame], ...] = ()  # all that were wanted, with their shares
+        self._parts: dict[int, tuple[tuple[float, IntervalGame], ...]] = {}  # with their shares, by how many
 
     @property
     def spent(self) -> int:
         """Coalitions asked; those of parts by their share of the samples."""
-        return round(self._spent + sum(share * part.spent for share, part in self._parts))
+        return round(self._spent + sum(share * part.spent for parts in self._parts.values() for share, part in parts))
 
     def parts(self, most: int) -> tuple[tuple[float, IntervalGame], ...]:
         """At most so many games on samples of their own, with their shares: the value is the mean of theirs."""
-        parts = self.evaluator.parts(most)
-        if len(parts) == 1:
-            return ((1.0, self),)
-        found = tuple((share, IntervalGame(part, self.low, self.high)) for share, part in parts)
-        self._parts += found
-        return found
+        most = min(most, len(self.evaluator.groups))
+        if most not in self._parts:
+            parts = self.evaluator.parts(most)
+            games = ((share, IntervalGame(part, self.low, self.high)) for share, part in parts if len(parts) > 1)
+            self._parts[most] = tuple(games)
+        return self._parts[most] or ((1.0, self),)
 
     def assignments(self, coalitions: Coalitions) -> Assignments:
         """The assignments [n, slots] that the coalitions [n, players] stand for."""
@@ -154,7 +166,7 @@ class BudgetGame:
         """
         slots, width = self.evaluator.space.mask.shape
         if evaluations < slots + 2:
-            raise SmpqError(
+            raise TooFew(
                 f"evaluations: {evaluations} are too few for a budget game of {slots} slots; it needs {slots + 2}"
             )
         rows = self.draw(evaluations, rng)
@@ -189,9 +201,11 @@ class Remainder:
             raise ValueError(f"weights: expected {game.players} finite numbers, got shape {self.weights.shape}")
         self.players = game.players
         self.spent = 0
+        if hasattr(game, "derivatives"):  # 'control' looks whether there are any
+            self.derivatives = self._derivatives
 
-    def derivatives(self, points: Values) -> NDArray[np.float64]:
-        """Of the value by each player's share, [n, players], where the game tells them."""
+    def _derivatives(self, points: Values) -> NDArray[np.float64]:
+        """Of the value by each player's share, [n, players]."""
         self.spent += len(points)
         return np.asarray(self.game.derivatives(points) - self.weights, np.float64)  # type: ignore[attr-defined]
 

@@ -12,7 +12,10 @@ CERTAIN = 1.96  # standard errors of an interval of 95 %
 
 
 def separated(found: Attribution) -> bool:
-    """Whether the 95 % interval of every player leaves out 0: the sign of what each step of width is worth is known."""
+    """Whether the 95 % interval of every player leaves out 0: of what each step of width is worth the sign is known.
+
+    Each interval is one of 95 % by itself; many players, and looking again and again, are not allowed for.
+    """
     return bool((np.abs(found.values) > CERTAIN * found.standard_errors).all())
 
 

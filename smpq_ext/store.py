@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -138,13 +138,13 @@ class Recorded:
 
     An assignment is its own key, a mixture goes by its sha256, and a one-hot mixture by the assignment that it is: the
     two may differ by rounding, and the one asked first stands. `asked` counts the rows asked, `computed` those that the
-    inner evaluator had to answer, those of parts by their share of the samples. `progress(done, total)` is called after
-    each batch with the rows computed and to be computed in this request.
+    inner evaluator had to answer, those of parts by their share of the samples.
 
-    Raises SmpqError naming the row whose value is not finite (it is not stored, the others of its batch are).
+    Raises SmpqError naming the row whose value is not finite: it is not stored, the others of its batch are, where the
+    inner evaluator tells them.
     """
 
-    def __init__(self, evaluator: Evaluator, store: Store, progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(self, evaluator: Evaluator, store: Store) -> None:
         self.evaluator = evaluator
         self.fingerprint = evaluator.fingerprint
         self.space = evaluator.space
@@ -152,18 +152,20 @@ class Recorded:
         self.groups = evaluator.groups
         self.rows_per_batch = evaluator.rows_per_batch
         self._asked = self._computed = 0.0
-        self._parts: tuple[tuple[float, Recorded], ...] = ()  # all that were wanted, with their shares
+        self._parts: dict[int, tuple[tuple[float, Recorded], ...]] = {}  # with their shares, by how many
         self._store = store
-        self._progress = progress
         self._known = store.read(self.fingerprint)
+        self._derivatives: dict[bytes, NDArray[np.float64]] | None = None  # as known, once they are asked
 
     @property
     def asked(self) -> int:
-        return round(self._asked + sum(share * part.asked for share, part in self._parts))
+        of_parts = sum(share * part.asked for parts in self._parts.values() for share, part in parts)
+        return round(self._asked + of_parts)
 
     @property
     def computed(self) -> int:
-        return round(self._computed + sum(share * part.computed for share, part in self._parts))
+        of_parts = sum(share * part.computed for parts in self._parts.values() for share, part in parts)
+        return round(self._computed + of_parts)
 
     def __call__(self, mixtures: Mixtures | Assignments) -> Values:
         """Mixtures [n, slots, candidates] or assignments [n, slots] to values [n]."""
@@ -190,8 +192,6 @@ class Recorded:
             if not all(good):
                 bad = wanted[good.index(False)]
                 raise SmpqError(f"evaluation: row {bad} has no finite value, {self._describe(rows[bad])}")
-            if self._progress is not None:
-                self._progress(start + len(wanted), len(unknown))
         return np.array([self._known[key] for key in keys]).reshape(len(rows), len(self.groups))
 
     def derivatives(self, mixtures: Mixtures) -> NDArray[np.float64]:
@@ -199,8 +199,9 @@ class Recorded:
         study = f"{self.fingerprint} derivatives"
         keys = self._keys(mixtures)
         self._asked += len(keys)
-        known = self._store.read(study)
-        new = [k for k, key in enumerate(keys) if key not in known]
+        if self._derivatives is None:
+            self._derivatives = self._store.read(study)
+        new = [k for k, key in enumerate(keys) if key not in self._derivatives]
         if new:
             found = self.evaluator.derivatives(mixtures[new])
             if not np.isfinite(found).all():
@@ -208,17 +209,16 @@ class Recorded:
             self._computed += len(new)
             fresh = {keys[k]: row.ravel() for k, row in zip(new, found, strict=True)}
             self._store.append(study, fresh)
-            known = known | fresh
-        return np.array([known[key] for key in keys]).reshape(mixtures.shape)
+            self._derivatives |= fresh
+        return np.array([self._derivatives[key] for key in keys]).reshape(mixtures.shape)
 
     def parts(self, most: int) -> tuple[tuple[float, Recorded], ...]:
         """At most so many, each on groups of samples of its own, with its share of the value."""
-        parts = self.evaluator.parts(most)
-        if len(parts) == 1:
-            return ((1.0, self),)
-        found = tuple((share, Recorded(part, self._store)) for share, part in parts)
-        self._parts += found
-        return found
+        most = min(most, len(self.groups))
+        if most not in self._parts:
+            parts = self.evaluator.parts(most)
+            self._parts[most] = tuple((share, Recorded(part, self._store)) for share, part in parts if len(parts) > 1)
+        return self._parts[most] or ((1.0, self),)
 
     def _keys(self, rows: NDArray[Any]) -> list[bytes]:
         slots, width = len(self.space.slots), self.space.width_count

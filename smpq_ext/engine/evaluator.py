@@ -20,15 +20,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import smpq_ext
 from smpq_ext import ops
-from smpq_ext.core import Assignments, Grid, Mixtures, SmpqError, Values, is_whole
+from smpq_ext.core import Assignments, Grid, Mixtures, SmpqError, Values
 from smpq_ext.engine import gradients, grids, losses, samples, trials
 from smpq_ext.engine.capture import Graph, Uncapturable, capture
 from smpq_ext.engine.executor import MERGE, Executor
 from smpq_ext.engine.grids import Calibrate, Grids
 from smpq_ext.engine.layers import Layer, check_weights, duplicate, find, quiet
-from smpq_ext.engine.memory import Meter, free_memory
+from smpq_ext.engine.memory import Meter, free_memory, trim
 from smpq_ext.engine.samples import Batch, Part
 from smpq_ext.engine.space import candidates, make_space
+from smpq_ext.typed import is_whole
 
 # Bytes of the largest activation of one forward on a CPU: beyond it, it waits for memory. In lockstep more rows are
 # worth more than that, for they share what comes before they part; most where every row holds all samples
@@ -174,6 +175,7 @@ class TorchEvaluator:
                         if not np.isfinite(loss).all():
                             self._complain(loss, distinct[chunk], [int(np.argmax(index == r)) for r in chunk])
                         out[chunk] = -self._per_group(loss)
+                    trim()
         return out[index]
 
     def derivatives(self, mixtures: Mixtures) -> NDArray[np.float64]:
@@ -257,10 +259,7 @@ class TorchEvaluator:
             batches.append(batch.take(torch.cat([torch.arange(p.start, p.stop) for p in own])))
         other = copy.copy(self)
         other.peak_bytes, other.float_loss = 0, math.nan
-        other._take(tuple(batches), tuple(pieces), self.groups[groups] / self.groups[groups].sum())
-        # these samples by themselves would be grouped in another way
-        other.digests = {**other.digests, "data": _digest("part", other.digests["data"], pieces)}
-        other.fingerprint = _digest(*sorted(other.digests.items()))
+        other._take(tuple(batches), tuple(pieces), self.groups[groups] / self.groups[groups].sum(), part=True)
         return other
 
     def _subset(self, kept: NDArray[np.bool_]) -> TorchEvaluator:
@@ -303,11 +302,16 @@ class TorchEvaluator:
                 self._complain(loss, None, [0])
         self.float_loss = float((self._per_group(loss) @ self.groups)[0])
 
-    def _take(self, batches: tuple[Batch, ...], parts: tuple[Part, ...], groups: NDArray[np.float64]) -> None:
+    def _take(
+        self, batches: tuple[Batch, ...], parts: tuple[Part, ...], groups: NDArray[np.float64], part: bool = False
+    ) -> None:
         self.batches = self.run_batches = batches
         self._parts, self.groups = parts, groups
         data = [(b.inputs, None if self.loss_fn is losses.kl else b.targets, b.size) for b in batches]
-        self.digests = {**self.digests, "data": samples.digest(data)}
+        digest = samples.digest(data)
+        if part:  # these samples by themselves would be cut and grouped in another way
+            digest = _digest("part", digest, list(parts))
+        self.digests = {**self.digests, "data": digest}
         self.fingerprint = _digest(*sorted(self.digests.items()))
 
     def _chunks(self) -> None:

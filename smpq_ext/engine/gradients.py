@@ -82,7 +82,7 @@ def hessian_scores(engine: TorchEvaluator, probes: int, seed: int) -> NDArray[np
 def derivatives(engine: TorchEvaluator, mixtures: Mixtures) -> NDArray[np.float64]:
     """Of the value, by the shares of mixtures [n, slots, candidates], straight-through; on up to FEW samples.
 
-    0 where the loss has no gradient, as an accuracy, or no backward pass can be made.
+    0 where the loss has no gradient, as an accuracy, or no finite one, as sqrt(0), or no backward pass can be made.
     """
     net = Supernet(engine)
     for tensor in (*net.model.parameters(), *net.steps):
@@ -103,11 +103,13 @@ def derivatives(engine: TorchEvaluator, mixtures: Mixtures) -> NDArray[np.float6
                 with torch.enable_grad():
                     loss = engine.loss_fn(net(part.inputs, leaf), part.targets)
                     (slope,) = torch.autograd.grad(loss, leaf, allow_unused=True) if loss.requires_grad else (None,)
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, NotImplementedError, ValueError, TypeError):  # such as a numpy() on the way
                 return np.zeros(mixtures.shape)
             if slope is not None and share:
                 found[k] -= slope.cpu().double().numpy() * share / sum(shares)
-    return found
+    return np.where(np.isfinite(found), found, 0.0)
 
 
 def _label_loss(engine: TorchEvaluator, output: Any, target: Any, generator: torch.Generator) -> Tensor:

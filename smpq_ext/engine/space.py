@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from smpq_ext.core import FLOAT_BITS, Slot, SmpqError, Space, is_whole
+from smpq_ext.core import FLOAT_BITS, Slot, SmpqError, Space
 from smpq_ext.engine.layers import Layer
+from smpq_ext.typed import is_whole
 
 
 def candidates(name: str, bits: Sequence[int], empty: bool = False) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ __all__ = ["Adjusted"]
 
 @dataclass(frozen=True)
 class Adjusted:
-    """Leverage regression plus the Monte Carlo estimate of the Shapley values of its residuals; unbiased.
+    """Leverage regression plus the Monte Carlo estimate of the Shapley values of its residuals; nearly unbiased.
 
     Pairs are drawn as by 'leverage'. A residual is that of the regression without the pair, so that no pair judges a
     fit that it has shaped; every residual informs all players. Standard errors come from the spread of the residuals'
@@ -50,10 +50,10 @@ def missed_by(drawn: Drawn, residuals: Values, left_out: Values) -> tuple[Values
         of_size = size == s
         count = int(of_size.sum())
         share = np.where(drawn.coalitions[of_size], 1 / s, -1 / (players - s)) * (0.5 if 2 * s == players else 1.0)
-        own, others = share * residuals[of_size][:, None], share * np.nan_to_num(left_out[of_size])[:, None]
+        own, others = share * residuals[of_size][:, None], share * left_out[of_size][:, None]
         whole = seen[of_size]
-        values += (whole * own + (1 - whole) * others).mean(axis=0)
-        if whole[0, 0] < 1:
-            certain = count > 1 and not np.isnan(left_out[of_size]).any()
+        values += (whole * own + (1 - whole) * np.nan_to_num(others)).mean(axis=0)
+        if whole[0, 0] < 1 and (others != 0).any():
+            certain = count > 1 and not np.isnan(others).any()
             variance += (1 - whole[0, 0]) * others.var(axis=0, ddof=1) / count if certain else np.inf
     return values, np.sqrt(variance)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smpq_ext.core import Attribution, Game, SmpqError
+from smpq_ext.core import Attribution, Game, TooFew
 from smpq_ext.estimators.permutation import marginals, standard_error
 
 __all__ = ["Antithetic"]
@@ -30,7 +30,7 @@ class Antithetic:
         """An attribution after every batch of pairs; arrays [players]."""
         inner = 2 * (game.players - 1)  # coalitions of one pair, besides the empty and the full one that all share
         if budget < 2 + 2 * inner:
-            raise SmpqError(
+            raise TooFew(
                 f"evaluations: {budget} are too few for antithetic permutations of {game.players} players; "
                 f"it needs {2 + 2 * inner}"
             )

@@ -27,8 +27,9 @@ class Control:
     surrogates cancel, beside the ridge of 'odd'. `weights` [players], where given, stand for the passes.
 
     Parts: where the value is a mean over groups of samples, every pair is asked on one group only, so that the same
-    work sees many more coalitions, 2,000 at most; what a group has to itself is as large as is likeliest. Each group
-    counts for its share of an evaluation, a backward pass for one.
+    work sees many more coalitions: on as many parts as there are groups, and make no more than 2,000 pairs in all. What
+    a group has to itself is as large as is likeliest. Each group counts for its share of an evaluation, a backward pass
+    for one.
 
     A game tells these by `derivatives(points) -> [points, players]` and `parts(most) -> ((share, game), ...)`; without
     weights and both it is 'odd', and `reason` of an attribution says what there was. Standard errors are delete-one
@@ -59,11 +60,11 @@ class Control:
         for drawn in zip(*pairs, strict=True):
             if ask is not None and weights is None:
                 weights = aumann_shapley(ask, self.points)
+            tell = weights is not None and bool(np.isfinite(weights).all() and weights.any())
             helps = [f"pairs on {len(parts)} parts of the samples"] if len(parts) > 1 else []
-            if weights is not None and weights.any():
-                helps.append("surrogates from " + ("derivatives" if passes else "given weights"))
-            found = odd.fit(drawn, shares, weights)
-            reason = f"control: {' and '.join(helps) or 'neither parts nor derivatives, as odd'}"
+            helps += ["surrogates from " + ("derivatives" if passes else "given weights")] if tell else []
+            found = odd.fit(drawn, shares, weights if tell else None)
+            reason = f"control: {' and '.join(helps) or 'neither parts nor surrogates, as odd'}"
             yield Attribution(found.values, jackknife(found), passes + drawn[0].evaluations, reason)
 
 

@@ -8,7 +8,7 @@ from math import comb
 
 import numpy as np
 
-from smpq_ext.core import Attribution, Game, SmpqError
+from smpq_ext.core import Attribution, Game, SmpqError, TooFew
 
 __all__ = ["Exact"]
 
@@ -31,7 +31,7 @@ class Exact:
                 f"exact: {players} players are too many, at most {MOST_PLAYERS}; take 'antithetic' or 'leverage'"
             )
         if budget < 2**players:
-            raise SmpqError(
+            raise TooFew(
                 f"evaluations: {budget} are too few for exact values of {players} players; it needs {2**players}"
             )
         coalitions = (np.arange(2**players)[:, None] >> np.arange(players) & 1).astype(np.bool_)

@@ -10,12 +10,12 @@ from math import comb
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_solve, cholesky
+from scipy.linalg import cho_solve
 from scipy.stats import hypergeom
 
 from smpq_ext.core import Attribution, Game, Values
 from smpq_ext.estimators.leverage import Drawn, ask_pairs, draw_pairs, fit
-from smpq_ext.estimators.odd import END, likelihood
+from smpq_ext.estimators.odd import END, factored, likelihood
 
 __all__ = ["Gaussian"]
 
@@ -87,7 +87,8 @@ def _posterior(drawn: Drawn) -> tuple[Values, Values]:
             best = max(best, (likelihood(kernel, targets[some]), share, agreement, noise))
     _, share, agreement, noise = best
 
-    factor = cholesky(_kernel(inner, players, share, agreement) + np.diag(noise * jitter), lower=True)
+    kernel = _kernel(inner, players, share, agreement)
+    factor, noise = factored(lambda noise: kernel + np.diag(noise * jitter), noise)
     dual = cho_solve((factor, True), targets)
     size = rows.sum(axis=1)
     shared = np.array([_share(players, int(s), agreement) for s in size])  # [pairs, 2]: of players outside and inside

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_solve, cholesky
+from scipy.linalg import cho_solve
 
 from smpq_ext.core import Attribution, Game, SmpqError, Values
 from smpq_ext.estimators import odd
 from smpq_ext.estimators.leverage import Drawn, ask_pairs, errors, jackknife
-from smpq_ext.estimators.odd import END, likelihood
+from smpq_ext.estimators.odd import END, factored, likelihood
 
 __all__ = ["Interactions"]
 
@@ -79,7 +79,7 @@ def _ridge(drawn: Drawn, index: str) -> Iterator[tuple[Values, Values]]:
     for share, noise in product(SHARES if players > 3 else SHARES[:1], NOISES):
         best = max(best, (likelihood(_kernel(inner[few], players, share, noise), sums[some]), share, noise))
     _, share, noise = best
-    factor = cholesky(_kernel(inner, players, share, noise), lower=True)
+    factor, noise = factored(lambda noise: _kernel(inner, players, share, noise), noise)
     inverse = cho_solve((factor, True), np.eye(len(sums)))
     dual = inverse @ sums
     residuals = dual * np.append(np.full(len(sums) - 1, noise), noise * END)

@@ -9,7 +9,7 @@ from math import comb
 import numpy as np
 from numpy.typing import NDArray
 
-from smpq_ext.core import Attribution, Coalitions, Game, SmpqError, Values
+from smpq_ext.core import Attribution, Coalitions, Game, TooFew, Values
 
 __all__ = ["Leverage"]
 
@@ -95,7 +95,7 @@ def ask_pairs(
     least = min(sum(whole), least)
     needed = besides + 2 + 2 * least
     if budget < needed:
-        raise SmpqError(f"evaluations: {budget} are too few for {name} of {players} players; it needs {needed}")
+        raise TooFew(f"evaluations: {budget} are too few for {name} of {players} players; it needs {needed}")
     pairs = min((budget - besides - 2) // 2, sum(whole))
     empty, full = game(np.repeat([[False], [True]], players, axis=1))
     draw = (order or draw_pairs)(players, whole, rng)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -56,7 +57,8 @@ def fit(parts: Sequence[Drawn], shares: Sequence[float] = (1.0,), surrogate: Val
     """The regression of the gaps, and of those of all and none, which are nearly exact; all parts have as many pairs.
 
     parts: pairs that were asked on disjoint parts of the samples, the game being the mean of theirs with these shares;
-    surrogate: weights [players] of an additive game that resembles it, which is a regressor, and so is its cube.
+    surrogate: weights [players], finite and not all 0, of an additive game that resembles it, which is a regressor, and
+    so is its cube.
     """
     players, count = parts[0].coalitions.shape[1], len(parts[0].gaps)
     signs = np.concatenate([*(drawn.signs for drawn in parts), np.ones((len(parts), players))])
@@ -78,19 +80,8 @@ def fit(parts: Sequence[Drawn], shares: Sequence[float] = (1.0,), surrogate: Val
 
     every = np.arange(len(gaps))
     few = every[(every >= len(seen)) | (every % max(count, 1) < CHOOSE // len(parts))]
-    best = (-np.inf, 0.0, 0.0, APART[2] if len(parts) > 1 else 0.0)
-    for choice in product(SHARES if players > 2 else SHARES[:1], NOISES, best[3:]):
-        best = max(best, (likelihood(prior(few, *choice), gaps[few]), *choice))
-    for apart in APART if len(parts) > 1 else ():
-        best = max(best, (likelihood(prior(few, *best[1:3], apart), gaps[few]), *best[1:3], apart))
-    _, share, noise, apart = best
-
-    while True:
-        try:
-            factor = cholesky(prior(every, share, noise, apart), lower=True)
-            break
-        except LinAlgError:  # more rows than those that chose it
-            noise *= 10
+    share, noise, apart = _likeliest(functools.partial(prior, few), gaps[few], players, len(parts))
+    factor, noise = factored(lambda noise: prior(every, share, noise, apart), noise)
     inverse = cho_solve((factor, True), np.eye(len(gaps)))
     dual = cho_solve((factor, True), gaps)
     own, known = _owners(signs, share), games @ of_players.T
@@ -115,9 +106,21 @@ def fit(parts: Sequence[Drawn], shares: Sequence[float] = (1.0,), surrogate: Val
     )
 
 
+def _likeliest(
+    prior: Callable[[float, float, float], NDArray[np.float64]], gaps: Values, players: int, parts: int
+) -> tuple[float, float, float]:
+    """The share of triples, the noise, and what a part has to itself, under which the gaps are likeliest."""
+    best = (-np.inf, 0.0, 0.0, APART[2] if parts > 1 else 0.0)
+    for choice in product(SHARES if players > 2 else SHARES[:1], NOISES, best[3:]):
+        best = max(best, (likelihood(prior(*choice), gaps), *choice))
+    for apart in APART if parts > 1 else ():
+        best = max(best, (likelihood(prior(*best[1:3], apart), gaps), *best[1:3], apart))
+    return best[1:]
+
+
 def _surrogates(signs: NDArray[np.float64], weights: Values | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Gaps [rows, games] and Shapley values [players, games] of the additive game and of its cube, of size 1."""
-    if weights is None or not (np.isfinite(weights).all() and weights.any()):
+    if weights is None:
         return np.zeros((len(signs), 0)), np.zeros((signs.shape[1], 0))
     weights = weights / np.abs(weights).max()
     gaps = signs @ weights
@@ -150,6 +153,15 @@ def _owners(signs: NDArray[np.float64], share: float) -> NDArray[np.float64]:
 def _triples(inner: Any, players: int) -> Any:
     """The sum over all triples of the products of their parities, from the sum over all players: Newton's identity."""
     return (inner**3 - (3 * players - 2) * inner) / 6
+
+
+def factored(kernel: Callable[[float], NDArray[np.float64]], noise: float) -> tuple[NDArray[np.float64], float]:
+    """Cholesky factor of kernel(noise), and the noise: raised where it was chosen by fewer rows, and is too small."""
+    while True:
+        try:
+            return cholesky(kernel(noise), lower=True), noise
+        except LinAlgError:
+            noise *= 10
 
 
 def likelihood(kernel: NDArray[np.float64], gaps: Values) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from smpq_ext.core import Attribution, Game, SmpqError, Values
+from smpq_ext.core import Attribution, Game, TooFew, Values
 
 __all__ = ["Permutation"]
 
@@ -30,7 +30,7 @@ class Permutation:
         """An attribution after every batch of permutations; arrays [players]."""
         inner = game.players - 1  # coalitions of one permutation, besides the empty and the full one that all share
         if budget < 2 + 2 * inner:
-            raise SmpqError(
+            raise TooFew(
                 f"evaluations: {budget} are too few for permutations of {game.players} players; "
                 f"it needs {2 + 2 * inner}"
             )

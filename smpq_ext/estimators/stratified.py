@@ -9,7 +9,7 @@ from math import comb
 import numpy as np
 from numpy.typing import NDArray
 
-from smpq_ext.core import Attribution, Coalitions, Game, SmpqError, Values
+from smpq_ext.core import Attribution, Coalitions, Game, TooFew, Values
 
 __all__ = ["Stratified"]
 
@@ -38,7 +38,7 @@ class Stratified:
         first = [row for s in population for row in _cover(players, s, rng)]
         least = len(border) + len(first)
         if budget < least:
-            raise SmpqError(f"evaluations: {budget} are too few for strata of {players} players; it needs {least}")
+            raise TooFew(f"evaluations: {budget} are too few for strata of {players} players; it needs {least}")
         coalitions = np.concatenate([border, np.array(first, np.bool_).reshape(-1, players)])
         values = game(coalitions)
         seen = {row.tobytes() for row in coalitions}

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smpq_ext.core import Attribution, Game, SmpqError
+from smpq_ext.core import Attribution, Game, SmpqError, TooFew
+from smpq_ext.estimators.permutation import standard_error
 
 __all__ = ["Truncated"]
 
@@ -39,7 +40,7 @@ class Truncated:
         """An attribution after every batch of permutations; arrays [players]."""
         players = game.players
         if budget < 1 + 2 * players:
-            raise SmpqError(
+            raise TooFew(
                 f"evaluations: {budget} are too few for truncated permutations of {players} players; "
                 f"it needs {1 + 2 * players}"
             )
@@ -68,4 +69,4 @@ class Truncated:
                 if not len(alive):
                     break
             found = np.concatenate([found, marginals])
-            yield Attribution(found.mean(axis=0), found.std(axis=0, ddof=1) / np.sqrt(len(found)), spent)
+            yield Attribution(found.mean(axis=0), standard_error(found), spent)

@@ -25,6 +25,8 @@ class Local:
         scores = score_singles(problem, evaluator)
         spent = 1 + int(np.isfinite(scores.damage).sum()) - len(problem.space.slots)
         best = Milp()(scores.damage, problem.budget)
+        if spent >= problem.evaluations:
+            return Answer(best, scores.damage, scores.errors, float(scores.predict(best)[0]))
         loss = -float(evaluator(best[None])[0])
         spent += 1
         known = {best.tobytes()}

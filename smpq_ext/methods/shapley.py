@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from inspect import signature
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smpq_ext import registry, stopping
-from smpq_ext.core import Answer, Assignments, Attribution, Evaluator, Problem, SmpqError, Table, Values
+from smpq_ext.core import Answer, Assignments, Attribution, Evaluator, Problem, SmpqError, Table, TooFew, Values
 from smpq_ext.games import IntervalGame, Remainder
 from smpq_ext.methods.single import Scores, score_singles, singles, standard_error
 from smpq_ext.methods.uniform import Uniform
@@ -73,7 +73,7 @@ class Shapley:
         search, apart = problem.evaluator, problem.holdout
         measured = 2 * len(singles(problem))
         if measured > problem.evaluations:
-            raise SmpqError(
+            raise TooFew(
                 f"evaluations: {problem.evaluations} are too few to measure each slot alone, on the samples of the "
                 f"search and on those kept apart; it needs {measured}"
             )
@@ -104,11 +104,10 @@ class Shapley:
         for step in near.play(self.estimator, 2 * pairs, players if self.stop else 256):
             if self._is_enough(problem, scores, near, step):
                 break
-        missed = _missed(near, probes, apart, on_search, on_apart)
-        share = f"{100 * missed.share:.1f} ± {100 * missed.error:.1f} %"
-        finding = f"additive scores miss {share} of the variance near the budget"
+        missed, error = _missed(near, probes, apart, on_search, on_apart)
+        finding = f"additive scores miss {100 * missed:.1f} ± {100 * error:.1f} % of the variance near the budget"
         finalists = Uniform().allocate(problem).assignment[None]
-        if missed.share < 2 * missed.error or missed.share < 0.01:
+        if missed < 2 * error or missed < 0.01:
             finding = f"additive within noise: {finding}"
         else:
             starts = np.stack(
@@ -122,7 +121,7 @@ class Shapley:
             best = best[problem.budget.feasible(best)][: self.finalists]
             finalists = np.concatenate([finalists, best])
         chosen, verdict = _confirm(plan, finalists, search, apart)
-        trace = tuple(zip(on_search.predict(near.rows).tolist(), (-near.values).tolist(), strict=True))
+        trace = tuple(zip(on_search.predict(near.asked.rows).tolist(), (-near.asked.values).tolist(), strict=True))
         return Answer(
             chosen,
             scores.damage,
@@ -159,8 +158,8 @@ class Shapley:
         """Measure ever better assignments; returns all that were measured, [n, slots], with their losses [n]."""
         search, rng = problem.evaluator, problem.rng(3)
         surrogate = Surrogate(problem.space, scores.predict, scores.base)
-        rows = np.concatenate([starts, near.rows])
-        losses = -np.concatenate([search(starts), near.values])
+        rows = np.concatenate([starts, near.asked.rows])
+        losses = -np.concatenate([search(starts), near.asked.values])
         used, last_progress = len(starts), 0
         while used < room and used - last_progress < max(64, self.patience * room):
             feasible = problem.budget.feasible(rows)
@@ -190,12 +189,11 @@ class _Neighbourhood:
         self.game = IntervalGame(problem.evaluator, low, high)
         slots = self.game.slots
         self.gain = scores.damage[slots, low[slots]] - scores.damage[slots, high[slots]]
-        self.asked: list[Assignments] = []
-        self.answers: list[Values] = []
+        self.asked = _Recorder(self.game)
 
     def play(self, estimator: str, budget: int, batch: int) -> Iterator[Attribution]:
         """Ask until the budget is spent, or the caller stops; yields what the players are worth, arrays [players]."""
-        remainder = Remainder(_Recorder(self.game, self.asked, self.answers), self.gain)
+        remainder = Remainder(self.asked, self.gain)
         rng, slots = self.problem.rng(2), self.game.slots
         kind = registry.find("estimators", estimator)
         settings = {"batch": batch} if "batch" in signature(kind).parameters else {}
@@ -210,14 +208,6 @@ class _Neighbourhood:
             self.attribution = Attribution(values, errors, step.evaluations, step.reason, pairs, pair_errors)
             self.problem.progress("neighbourhood game", step.evaluations, budget)
             yield replace(step, values=values[slots])
-
-    @property
-    def rows(self) -> Assignments:
-        return np.concatenate(self.asked)
-
-    @property
-    def values(self) -> Values:
-        return np.concatenate(self.answers)
 
     def ratio(self, values: Values) -> Values:
         """What each slot is worth here, [slots], in units of its single-slot score; shrunk by its standard error."""
@@ -258,29 +248,28 @@ class _Neighbourhood:
 
     def predict(self, scores: Scores, assignment: Assignments) -> float:
         """The loss of an assignment near here: the line through what was measured, over the additive prediction."""
-        line = np.stack([np.ones(len(self.rows)), scores.predict(self.rows)], axis=1)
-        offset, slope = np.linalg.lstsq(line, -self.values, rcond=None)[0]
+        line = np.stack([np.ones(len(self.asked.rows)), scores.predict(self.asked.rows)], axis=1)
+        offset, slope = np.linalg.lstsq(line, -self.asked.values, rcond=None)[0]
         return float(offset + slope * scores.predict(assignment)[0])
 
 
 def _affordable(steps: Iterator[Attribution]) -> Iterator[Attribution]:
     try:
         yield from steps
-    except SmpqError as error:
-        if not str(error).startswith("evaluations: "):
-            raise
-        raise SmpqError(
+    except TooFew as error:
+        raise TooFew(
             f"{error}; so many the neighbourhood game gets, of those that the search may spend: another estimator can "
             "do with fewer"
         ) from error
 
 
 class _Recorder:
-    """A game that keeps what it was asked."""
+    """A game that keeps the assignments [n, slots] it was asked, and their values [n]."""
 
-    def __init__(self, game: IntervalGame, asked: list[Assignments], answers: list[Values]) -> None:
-        self.game, self.asked, self.answers = game, asked, answers
-        self.players = game.players
+    def __init__(self, game: IntervalGame) -> None:
+        self.game, self.players = game, game.players
+        self.rows: Assignments = np.empty((0, len(game.low)), np.int8)
+        self.values: Values = np.empty(0)
 
     @property
     def spent(self) -> int:
@@ -291,24 +280,20 @@ class _Recorder:
 
     def __call__(self, coalitions: NDArray[np.bool_]) -> Values:
         values = self.game(coalitions)
-        self.asked.append(self.game.assignments(coalitions))
-        self.answers.append(values)
+        self.rows = np.concatenate([self.rows, self.game.assignments(coalitions)])
+        self.values = np.concatenate([self.values, values])
         return values
 
 
-@dataclass(frozen=True)
-class _Missed:
-    share: float
-    error: float
-
-
-def _missed(near: _Neighbourhood, count: int, apart: Evaluator, on_search: Scores, on_apart: Scores) -> _Missed:
+def _missed(
+    near: _Neighbourhood, count: int, apart: Evaluator, on_search: Scores, on_apart: Scores
+) -> tuple[float, float]:
     """Of `count` of the assignments that the game asked, evenly spread: both sides of the plan are among them."""
-    count = min(count, len(near.rows) - 2)
-    index = np.linspace(2, len(near.rows) - 1, count).round().astype(int)
-    rows = near.rows[index]
+    count = min(count, len(near.asked.rows) - 2)
+    index = np.linspace(2, len(near.asked.rows) - 1, count).round().astype(int)
+    rows = near.asked.rows[index]
     predicted = on_search.predict(rows), on_apart.predict(rows)
-    return _Missed(*missed_share((-near.values[index], -apart(rows)), predicted))
+    return missed_share((-near.asked.values[index], -apart(rows)), predicted)
 
 
 def missed_share(losses: tuple[Values, Values], predicted: tuple[Values, Values]) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from smpq_ext.core import Answer, Assignments, Evaluator, Problem, SmpqError, Table
+from smpq_ext.core import Answer, Assignments, Evaluator, Problem, Table, TooFew
 from smpq_ext.solvers.milp import Milp
 
 __all__ = ["Single"]
@@ -57,9 +57,7 @@ def score_singles(problem: Problem, evaluator: Evaluator) -> Scores:
     """Measure the single-slot damages; errors from the spread over the groups of calibration samples."""
     rows = singles(problem)
     if len(rows) > problem.evaluations:
-        raise SmpqError(
-            f"evaluations: {problem.evaluations} are too few to measure each slot alone; it needs {len(rows)}"
-        )
+        raise TooFew(f"evaluations: {problem.evaluations} are too few to measure each slot alone; it needs {len(rows)}")
     values = []
     for start in range(0, len(rows), evaluator.rows_per_batch):
         values.append(evaluator.by_group(rows[start : start + evaluator.rows_per_batch]))

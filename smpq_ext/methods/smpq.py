@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from smpq_ext.core import Answer, Attribution, Coalitions, Problem, SmpqError, Values
+from smpq_ext.core import Answer, Attribution, Coalitions, Problem, TooFew, Values
 from smpq_ext.engine.supernet import Supernet
 from smpq_ext.estimators.truncated import Truncated
 from smpq_ext.games import SupernetGame
@@ -45,7 +45,7 @@ class Smpq:
         epoch = max(1, total // 64)
         players = int(mask.sum())
         if problem.evaluations < 2 * players + 1:
-            raise SmpqError(
+            raise TooFew(
                 f"evaluations: {problem.evaluations} are too few for smpq; two permutations of {players} players need "
                 f"{2 * players + 1}"
             )

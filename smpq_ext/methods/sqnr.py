@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from smpq_ext.core import Answer, Infeasible, Problem, SmpqError
+from smpq_ext.core import Answer, Infeasible, Problem, TooFew
 from smpq_ext.engine.losses import noise_to_signal
 from smpq_ext.methods.single import singles
 
@@ -25,9 +25,7 @@ class Sqnr:
     def allocate(self, problem: Problem) -> Answer:
         rows = singles(problem)
         if len(rows) > problem.evaluations:
-            raise SmpqError(
-                f"evaluations: {problem.evaluations} are too few for one per candidate; it needs {len(rows)}"
-            )
+            raise TooFew(f"evaluations: {problem.evaluations} are too few for one per candidate; it needs {len(rows)}")
         noise = -problem.record(problem.model.against_float(noise_to_signal))(rows)
         damage = np.where(problem.space.mask, 0.0, np.inf)
         entries = []

@@ -212,8 +212,9 @@ def _panels(
 
 
 def _known(errors: NDArray[np.float64] | None, like: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The standard errors, 0 where there is none."""
-    return np.zeros_like(like) if errors is None else np.nan_to_num(errors, nan=0.0, posinf=0.0)
+    """The standard errors, 0 where there are none; one that is not known is as large as the largest value."""
+    largest = float(np.abs(like[np.isfinite(like)]).max(initial=0.0))
+    return np.zeros_like(like) if errors is None else np.nan_to_num(errors, nan=largest, posinf=largest)
 
 
 def _svg(figure: Figure) -> bytes:

@@ -94,6 +94,13 @@ def render(result: Result, drawn: dict[str, bytes]) -> str:
         *(_figure(CAPTIONS[name], svg) for name, svg in drawn.items()),
         "" if drawn else "<p>This method keeps no scores.</p>",
     ]
+    if (pairs := tables.pairs(result)) is not None:
+        parts += [
+            "<h2>Which slots interact</h2>",
+            "<p class=quiet>What two slots are worth in concert: above 0, raising one is worth more where the other is "
+            "raised. Those that stand out most from their standard errors.</p>",
+            _table(pairs),
+        ]
     if result.left_out:
         parts += ["<h2>Not quantized</h2>", _table(tables.left_out(result))]
     parts += [

@@ -101,12 +101,30 @@ def run(result: Result) -> Table:
         ("method", result.plan.method),
         ("seed", str(result.plan.seed)),
         ("evaluations", f"{result.evaluations:,}"),
+        *([("estimator", reason)] if (reason := result.attribution.reason if result.attribution else "") else []),
         ("seconds", f"{number(sum(result.seconds.values()))} = {seconds}"),
         ("peak memory of a forward", f"{result.peak_bytes / 2**20:,.0f} MiB"),
         ("fingerprint", result.plan.fingerprint),
         *result.versions.items(),
     ]
     return Table(("run", ""), tuple(rows), words=True)
+
+
+def pairs(result: Result, most: int = 10) -> Table | None:
+    """The pairs of slots whose interaction stands out most from its standard error; None where none was estimated."""
+    found = result.attribution
+    if found is None or found.pairs is None or found.pair_errors is None:
+        return None
+    names = [slot.name for slot in result.space.slots]
+    first, second = np.triu_indices(len(names), 1)
+    values, errors = found.pairs[first, second], found.pair_errors[first, second]
+    surest = np.argsort(-np.abs(values) / np.maximum(errors, 1e-300), kind="stable")[:most]
+    rows = [
+        (names[first[k]], names[second[k]], with_error(float(values[k]), float(errors[k])))
+        for k in surest
+        if values[k] != 0
+    ]
+    return Table(("slot", "and slot", "worth together, beyond each"), tuple(rows), words=True) if rows else None
 
 
 def left_out(result: Result) -> Table:
@@ -128,10 +146,15 @@ def number(value: float) -> str:
 
 
 def with_error(value: float, error: float, digits: int = 2) -> str:
-    """Value ± error, as many decimals as the error's first digits need; "" where the value is not finite."""
+    """Value ± error, as many decimals as the error's first digits need; "" where the value is not finite.
+
+    "± ?" where the error is not, for then it is not known.
+    """
     if not math.isfinite(value):
         return ""
-    if not error > 0 or not math.isfinite(error):
+    if not math.isfinite(error):
+        return f"{value:.3g} ± ?"
+    if not error > 0:
         return f"{value:.3g}"
     decimals = max(0, digits - 1 - math.floor(math.log10(error)))
     if decimals > 3 + digits:

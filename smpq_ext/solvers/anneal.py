@@ -41,7 +41,7 @@ class Anneal:
             return Milp()(table, budget)
         problem = _Units(table, budget, terms, allowed)
         if math.prod(len(options) for options in problem.options) <= FEW:
-            every = np.array(list(itertools.product(*problem.options)), np.int8)
+            every = np.array(list(itertools.product(*problem.options)), np.int8).reshape(-1, len(problem.options))
             every = every[problem.feasible(every)]
             if not len(every):
                 raise infeasible(budget, allowed)
