@@ -107,6 +107,7 @@ class Cells:
             "measured_loss": result.measured_loss,
             "evaluations": result.evaluations,
             "seconds": time.perf_counter() - start,
+            "search": result.seconds["search"],
             "cost": dict(result.cost),
             "finding": result.finding,
             "bits": result.plan.bits,
