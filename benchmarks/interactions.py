@@ -198,7 +198,7 @@ def main() -> None:
         note = (
             "What evaluations beyond single-slot scores bought on held-out data: searches at 2.5 bits as in "
             "search_resnet20.md and search_stories.md; differences are paired over seeds and held-out samples. search: "
-            "seconds without calibration and the last check; gradient passes: in units of a search by squared gradients."
+            "seconds without calibration and the last check; gradient passes: in units of the search by gradients."
         )
         save_table("interactions_spent", spent(given.seeds, given.cells), f"{note} {given.seeds} seeds.")
 
