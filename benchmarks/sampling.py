@@ -10,7 +10,7 @@ difference from the truth by that of the truth, mean ± standard error over the 
 synthetic games, else the mean of two long runs of antithetic permutations; "truth": what its own error is, as they show
 it.
 
-    python -m benchmarks.sampling [--seeds 3] [--games "near 3" ...] [--most 100]
+    python -m benchmarks.sampling [--seeds 3] [--games "near 3" ...] [--estimators control ...] [--most 100]
 
 Arms of shapiq are there where it is installed (`pip install smpq_ext[bench]`). Values are kept in the folder that
 SMPQ_CACHE names (default: smpq_ext in the folder for temporary files), so a second run only takes times.
@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
+import json
 import os
 import tempfile
 import time
@@ -41,7 +42,7 @@ import smpq_ext
 from benchmarks import data, models
 from benchmarks.baselines import Baseline
 from benchmarks.bench_engine import BITS, THREADS, evaluators
-from benchmarks.environment import RESULTS, save_table
+from benchmarks.environment import RESULTS, facts, save_table
 from benchmarks.timing import keep_freed_memory, seconds
 from smpq_ext import registry
 from smpq_ext.core import Attribution, Coalitions, Game, TooFew, Values
@@ -51,7 +52,7 @@ from smpq_ext.games import IntervalGame
 from smpq_ext.store import Recorded, SqliteStore
 
 TRUTH = 250  # evaluations for each player, in each of two runs
-TIMES = (2, 3, 5, 7, 10, 20, 50)  # evaluations for each player
+TIMES = (1, 2, 3, 5, 7, 10, 20, 50)  # evaluations for each player
 LONG = (100,)  # and of the samplers that the plain loop uses, to see when they reach the goal
 TIMED = 10  # of which one is timed without what is kept
 PLAIN, PAPER = "permutation", "truncated"  # the second of accuracies only, the goal of those games comes from it
@@ -179,10 +180,10 @@ def seconds_of_b2(ev: TorchEvaluator, game: IntervalGame) -> float:
     return float(np.median([seconds(functools.partial(loop.losses, rows[k : k + 1])) for k in range(4)]))
 
 
-def measure(name: str, seeds: int, most: float) -> list[dict[str, Any]]:
+def measure(name: str, estimators: Sequence[str], seeds: int, most: float) -> list[dict[str, Any]]:
     """A row for every estimator and budget."""
     kind = GAMES[name]
-    facts: dict[str, Any] = {"game": name}
+    about, commit = {"game": name}, facts()["commit"]
     if isinstance(kind, int):
         game: Any = Synthetic(kind)
         exact, own_error, b2, fisher = game.shapley, 0.0, None, None
@@ -195,6 +196,8 @@ def measure(name: str, seeds: int, most: float) -> list[dict[str, Any]]:
         fisher = None if name.endswith("accuracy") else seconds(functools.partial(squared_gradients, ev))
     rows = []
     for arm, estimator in arms(name.endswith("accuracy")).items():
+        if estimators and arm not in estimators:
+            continue
         each = None  # seconds of an evaluation
         for times in (t for t in (*TIMES, *(LONG if arm in (PLAIN, PAPER) else ())) if t <= most):
             budget = times * game.players
@@ -211,7 +214,7 @@ def measure(name: str, seeds: int, most: float) -> list[dict[str, Any]]:
             errors = [float(((f.values - exact) ** 2).sum() / (exact**2).sum()) for f in found]
             m = float(np.mean([f.evaluations for f in found]))
             rows.append(
-                facts
+                about
                 | {
                     "n": game.players,
                     "estimator": arm,
@@ -224,6 +227,7 @@ def measure(name: str, seeds: int, most: float) -> list[dict[str, Any]]:
                     "B2 seconds": None if b2 is None else b2 * m,
                     "truth": own_error,
                     "Fisher seconds": fisher,
+                    "commit": commit,
                 }
             )
             print(rows[-1], flush=True)
@@ -254,7 +258,7 @@ def summary(table: Sequence[dict[str, Any]], goal: float = 0.01) -> list[dict[st
         plain, wanted = PLAIN, goal
         if PAPER in of:
             plain, wanted = PAPER, 1.1 * min(row["error"] for row in of[PAPER])
-        loop = reached(of[plain], wanted, "B2 seconds")
+        loop = reached(of.get(plain, []), wanted, "B2 seconds")
         for estimator, rows in of.items():
             took, fisher = reached(rows, wanted, "seconds"), rows[0]["Fisher seconds"]
             found.append(
@@ -306,18 +310,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--games", nargs="+", choices=GAMES, default=list(GAMES))
+    parser.add_argument("--estimators", nargs="+", default=[], help="default: all that there are")
     parser.add_argument("--most", type=float, default=LONG[-1], help="evaluations for each player, at most")
     parser.add_argument("--threads", type=int, default=THREADS)
     given = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(given.threads)
-    table: list[dict[str, Any]] = []
     for name in given.games:
-        table += measure(name, given.seeds, given.most)
-        save(table, given.seeds)  # after every game: all of them take an hour and more
+        save(measure(name, given.estimators, given.seeds, given.most), given.seeds)
 
 
-def save(table: Sequence[dict[str, Any]], seeds: int) -> None:
+def save(rows: Sequence[dict[str, Any]], seeds: int) -> None:
+    """Into the table that is kept, in place of the rows of these games and estimators: all of it takes an hour."""
+    kept, fresh = RESULTS / "sampling.json", {(row["game"], row["estimator"]) for row in rows}
+    known = json.loads(kept.read_text())["rows"] if kept.exists() else []
+    table = [row for row in known if (row["game"], row["estimator"]) not in fresh] + list(rows)
+    order = [(game, arm) for game in GAMES for arm in dict.fromkeys(row["estimator"] for row in table)]
+    table.sort(key=lambda row: (order.index((row["game"], row["estimator"])), row["m"]))
     note = " ".join((__doc__ or "").partition("    python")[0].split())
     save_table("sampling", table, f"{note} {seeds} seeds.")
     save_table(
