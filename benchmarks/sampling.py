@@ -269,7 +269,7 @@ def summary(table: Sequence[dict[str, Any]], goal: float = 0.01) -> list[dict[st
                     "evaluations": reached(rows, wanted, "m"),
                     "seconds": took,
                     "gradient passes": took / fisher if took and fisher else None,
-                    f"{plain} on B2, seconds": loop,
+                    "plain loop, seconds": loop,
                     "ratio": loop / took if loop and took else None,
                 }
             )
