@@ -99,8 +99,8 @@ def _built(kind: Any, given: Mapping[str, Any], name: str) -> Any:
     for f in fields(kind):
         if f.name not in given and f.default is MISSING and f.default_factory is MISSING:
             raise ValueError(f"{prefix}{f.name} is missing")
-    read = {key: read(hints[key], value, prefix + key) for key, value in given.items()}
+    known = {key: read(hints[key], value, prefix + key) for key, value in given.items()}
     try:
-        return kind(**read)
+        return kind(**known)
     except ValueError as error:
         raise ValueError(f"{prefix}{error}") from error
