@@ -376,6 +376,7 @@ def test_intervals_of_95_percent_cover(name):
                     found = last(name, game, budget, seed)
                 except TooFew:
                     continue
-                assert np.isfinite(found.standard_errors).all()
-                covered += list(np.abs(found.values - truth) < 1.96 * found.standard_errors)
+                known = np.isfinite(found.standard_errors)
+                assert known.all() or name == "stratified"  # which needs two coalitions in every stratum
+                covered += list((np.abs(found.values - truth) < 1.96 * found.standard_errors)[known])
     assert 0.90 < np.mean(covered) < 0.995, np.mean(covered)  # 0.99, as far as 120 runs can tell

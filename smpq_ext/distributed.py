@@ -24,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 from smpq_ext.core import Assignments, Evaluator, Mixtures, SmpqError, Store, Values
 
 SMOOTHING = 0.5  # weight of the last batch in the speed of a rank
+HOPE = 0.02  # weight of twice the others' speed in that of a rank without rows
 PATIENCE = 0.05  # seconds between two attempts to reach rank 0
 
 
@@ -199,13 +200,14 @@ def _store_of_this_attempt() -> tuple[dist.Store, int, int]:
 def learned(rates: NDArray[np.float64], measured: NDArray[np.float64]) -> NDArray[np.float64]:
     """The rates [ranks] after a batch, in units of their mean; `measured` in rows per second, 0 of a rank without rows.
 
-    Such a rank comes back to the others' rate little by little, so that it gets a row, and is measured, again.
+    Such a rank is thought faster from batch to batch, so that it gets a row, and is measured, again.
     """
     had = measured > 0
     if not had.any():
         return rates
-    now = np.where(had, measured * rates[had].mean() / measured[had].mean(), rates[had].mean())
-    new = (1 - SMOOTHING) * rates + SMOOTHING * now
+    mean = rates[had].mean()
+    seen = (1 - SMOOTHING) * rates + SMOOTHING * measured * mean / measured[had].mean()
+    new = np.where(had, seen, (1 - HOPE) * rates + HOPE * 2 * mean)
     return np.asarray(new / new.mean(), np.float64)
 
 

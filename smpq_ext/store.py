@@ -104,17 +104,17 @@ class MemoryStore:
     """Evaluations in memory, for tests and for searches that need no resuming."""
 
     def __init__(self) -> None:
-        self._studies: dict[str, dict[bytes, NDArray[np.float64]]] = {}
+        self._studies: dict[str, dict[bytes, bytes]] = {}
 
     def read(self, study: str) -> dict[bytes, NDArray[np.float64]]:
         """All that is known of the study: key to values [groups]."""
-        return {key: groups.copy() for key, groups in self._studies.get(study, {}).items()}
+        return {key: np.frombuffer(groups).copy() for key, groups in self._studies.get(study, {}).items()}
 
     def append(self, study: str, rows: Mapping[bytes, NDArray[np.float64]]) -> None:
         """Add rows, values [groups] by key; a key that is known keeps its first values."""
         known = self._studies.setdefault(study, {})
         for key, groups in rows.items():
-            known.setdefault(key, np.array(groups, np.float64))
+            known.setdefault(key, np.asarray(groups, np.float64).tobytes())
 
 
 def differences(store: Store, fingerprint: str, digests: Mapping[str, str]) -> tuple[str, ...]:
@@ -154,7 +154,8 @@ class Recorded:
         self._asked = self._computed = 0.0
         self._parts: dict[int, tuple[tuple[float, Recorded], ...]] = {}  # with their shares, by how many
         self._store = store
-        self._known = store.read(self.fingerprint)
+        # as bytes, which Python keeps by themselves: arrays would lie between the blocks of forwards, and fray the heap
+        self._known = {key: groups.tobytes() for key, groups in store.read(self.fingerprint).items()}
         self._derivatives: dict[bytes, NDArray[np.float64]] | None = None  # as known, once they are asked
 
     @property
@@ -188,11 +189,11 @@ class Recorded:
             good = [bool(np.isfinite(v).all()) for v in values]
             fresh = {keys[i]: v.copy() for i, v, g in zip(wanted, values, good, strict=True) if g}
             self._store.append(self.fingerprint, fresh)
-            self._known |= fresh
+            self._known |= {key: groups.tobytes() for key, groups in fresh.items()}
             if not all(good):
                 bad = wanted[good.index(False)]
                 raise SmpqError(f"evaluation: row {bad} has no finite value, {self._describe(rows[bad])}")
-        return np.array([self._known[key] for key in keys]).reshape(len(rows), len(self.groups))
+        return np.frombuffer(b"".join(self._known[key] for key in keys)).reshape(len(rows), len(self.groups)).copy()
 
     def derivatives(self, mixtures: Mixtures) -> NDArray[np.float64]:
         """Of the value by the shares of mixtures [n, slots, candidates]; kept, too, and asked once."""
