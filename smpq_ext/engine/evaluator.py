@@ -26,7 +26,7 @@ from smpq_ext.engine.capture import Graph, Uncapturable, capture
 from smpq_ext.engine.executor import MERGE, Executor
 from smpq_ext.engine.grids import Calibrate, Grids
 from smpq_ext.engine.layers import Layer, check_weights, duplicate, find, quiet
-from smpq_ext.engine.memory import Meter, free_memory, trim
+from smpq_ext.engine.memory import Meter, free_memory
 from smpq_ext.engine.samples import Batch, Part
 from smpq_ext.engine.space import candidates, make_space
 from smpq_ext.typed import is_whole
@@ -175,7 +175,6 @@ class TorchEvaluator:
                         if not np.isfinite(loss).all():
                             self._complain(loss, distinct[chunk], [int(np.argmax(index == r)) for r in chunk])
                         out[chunk] = -self._per_group(loss)
-                    trim()
         return out[index]
 
     def derivatives(self, mixtures: Mixtures) -> NDArray[np.float64]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-SECONDS = 10.0  # between two trimmings
-
 _owners: set[int] = set()  # the ids of what memory is kept for
-_trimmed = 0.0
 
 
 class Meter(TorchDispatchMode):
@@ -70,17 +66,6 @@ def keep_freed(owner: object) -> None:
     if _mallopt(0, -1):
         _owners.add(id(owner))
         weakref.finalize(owner, _give_back, id(owner)).atexit = False
-
-
-def trim() -> None:
-    """Give the pages that are free now back, if that was not done for a while: a heap that is kept frays.
-
-    Called between forwards, whose first ones then fault some pages in again: less than 1 % of the time.
-    """
-    global _trimmed  # noqa: PLW0603
-    if _owners and time.monotonic() - _trimmed > SECONDS:
-        ctypes.CDLL(None).malloc_trim(0)
-        _trimmed = time.monotonic()
 
 
 def _give_back(owner: int) -> None:
