@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NATIVE := $(shell find csrc cmake -type f) CMakeLists.txt setup.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: build demo test lint format bench gpu wheel clean
+.PHONY: build demo test lint format bench gpu gpu-build gpu-test gpu-sanitize gpu-bench wheel clean
 
 build: $(VENV)/.built
 
@@ -38,6 +38,26 @@ format: $(VENV)/.packages
 
 bench: build
 	$(BIN)/python -m pytest benchmarks --benchmark-only --save-tables
+
+# On a machine with a GPU, in an environment that has torch for it, nvcc, cmake, ninja, pybind11 and the packages of the tests: .venv where
+# it is, else that of $(PYTHON). Nothing is fetched. Each part can be had by itself.
+gpu: gpu-build gpu-test gpu-sanitize gpu-bench
+
+gpu-build:
+	$(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
+	$(PYTHON) -c "import torch; from smpq_ext import ops; assert ops.compiled and torch.cuda.is_available()"
+
+gpu-test:
+	SMPQ_TEST_DEVICE=cuda $(PYTHON) -m pytest
+
+gpu-sanitize:
+	for tool in memcheck racecheck; do \
+	  SMPQ_TEST_DEVICE=cuda compute-sanitizer --tool $$tool --error-exitcode 9 $(PYTHON) -m pytest -q -x -p no:cacheprovider \
+	    -k "not on_the_cpu" python_tests/test_ops.py python_tests/test_fused_ops.py || exit 1; \
+	done
+
+gpu-bench:
+	$(PYTHON) -m benchmarks.gpu
 
 # A wheel, and whether it works in an environment of its own.
 wheel: $(VENV)/.packages

@@ -22,8 +22,17 @@ KINDS = {
     "B3": "clamp(round) and a bank of weights under torch.compile",
     "B4": "all weights at all widths in a bank, activations by torch's op",
     "B5": "the bank under torch.func.vmap, eight coalitions at once",
+    "B6": "as B3, in a CUDA graph",
 }
 TOGETHER = 8  # coalitions, in B5
+
+
+class Fixed:
+    """Grids as torch's ops want them: float zero points, and codes that need not be read from a device."""
+
+    def __init__(self, grids: Grids) -> None:
+        self.scale, self.zero_point, self.axis = grids.scale, grids.zero_point.float(), grids.axis
+        self.codes = list(zip(grids.quant_min.tolist(), grids.quant_max.tolist(), strict=True))
 
 
 class Quantized(nn.Module):
@@ -34,16 +43,18 @@ class Quantized(nn.Module):
         self.owner = [owner]  # in a list: no submodule
         self.layer, self.kind = module, owner.kind
         grids, slots = owner.evaluator.slot_grids, owner.evaluator.slots
-        self.weight_grids, self.activation_grids = grids.get(f"{name}.weight"), grids.get(f"{name}.activation")
+        self.weight_grids, self.activation_grids = (
+            None if g is None else Fixed(g) for g in (grids.get(f"{name}.weight"), grids.get(f"{name}.activation"))
+        )
         self.slots = tuple(slots.index(s) if s in slots else -1 for s in (f"{name}.weight", f"{name}.activation"))
         if self.weight_grids is not None:
-            widths = range(len(self.weight_grids.scale))
+            widths = range(len(self.weight_grids.codes))
             bank = torch.stack([self.on_grid(module.weight.detach(), self.weight_grids, c) for c in widths])
             if bank.dim() == 5:  # every variant with its channels last
                 bank = bank.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
             self.bank = bank
         if self.activation_grids is not None:
-            g = self.activation_grids
+            g = grids[f"{name}.activation"]
             self.scale, self.zero_point, self.quant_min, self.quant_max = (
                 x.float() for x in (g.scale, g.zero_point, g.quant_min, g.quant_max)
             )
@@ -54,21 +65,20 @@ class Quantized(nn.Module):
         if self.weight_grids is not None:
             weight = self.on_grid(weight, self.weight_grids, w) if self.kind.startswith("B2") else _pick(self.bank, w)
         if self.activation_grids is not None:
-            x = self.by_formula(x, a) if self.kind in ("B3", "B5") else self.on_grid(x, self.activation_grids, a)
+            x = self.by_formula(x, a) if self.kind in ("B3", "B5", "B6") else self.on_grid(x, self.activation_grids, a)
         m = self.layer
         if isinstance(m, nn.Linear):
             return F.linear(x, weight, m.bias)
         return F.conv2d(x, weight, m.bias, m.stride, m.padding, m.dilation, m.groups)
 
-    def on_grid(self, x: Tensor, grids: Grids, candidate: Any) -> Tensor:
+    def on_grid(self, x: Tensor, grids: Fixed, candidate: Any) -> Tensor:
         """x on one grid, or, where the row is a mixture, the sum of all grids by their shares [candidates]."""
         if np.ndim(candidate):
             total = self.on_grid(x, grids, 0).mul_(float(candidate[0]))
-            for c, share in enumerate(candidate[1 : len(grids.scale)], start=1):
+            for c, share in enumerate(candidate[1 : len(grids.codes)], start=1):
                 total.add_(self.on_grid(x, grids, c), alpha=float(share))
             return total
-        scale, zero = grids.scale[candidate], grids.zero_point[candidate].float()
-        low, high = int(grids.quant_min[candidate]), int(grids.quant_max[candidate])
+        scale, zero, (low, high) = grids.scale[candidate], grids.zero_point[candidate], grids.codes[candidate]
         if grids.axis is None:
             return torch.fake_quantize_per_tensor_affine(x, scale, zero, low, high)
         return torch.fake_quantize_per_channel_affine(x, scale, zero, grids.axis, low, high)
@@ -107,7 +117,8 @@ class Baseline:
                     module.train()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch says of itself
-            self.compiled = torch.compile(self._of_row, dynamic=False) if kind == "B3" else None
+            mode = {"B3": "default", "B6": "reduce-overhead"}.get(kind)
+            self.compiled = torch.compile(self._of_row, dynamic=False, mode=mode) if mode else None
 
     @torch.no_grad()
     def losses(self, rows: NDArray[Any]) -> NDArray[np.float64]:
@@ -118,11 +129,11 @@ class Baseline:
         return np.array([float(self.evaluator.loss_fn(y, self.targets)) for y in outputs])
 
     def _outputs(self, rows: NDArray[Any]) -> list[Tensor]:
-        if self.kind == "B5":
-            chunks = torch.from_numpy(rows.astype(np.int64)).split(TOGETHER)
-            return [y for chunk in chunks for y in torch.func.vmap(self._of_row)(chunk)]
-        if self.compiled is not None:
-            return [self.compiled(row) for row in torch.from_numpy(rows.astype(np.int64))]
+        if self.kind == "B5" or self.compiled is not None:
+            there = torch.from_numpy(rows.astype(np.int64)).to(self.evaluator.device)
+            if self.kind == "B5":
+                return [y for chunk in there.split(TOGETHER) for y in torch.func.vmap(self._of_row)(chunk)]
+            return [self.compiled(row).clone() for row in there]  # a graph's outputs are written again
         return [self._of_row(row) for row in rows]
 
     def _of_row(self, row: Any) -> Tensor:

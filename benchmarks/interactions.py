@@ -46,7 +46,13 @@ MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "stories260K, weights": (models.load_llama, {"activation_bits": ()}, "weight-bits={0:g}"),
     "stories260K": (models.load_llama, {}, BOTH),
 }
-METHODS = {"gradient": {}, "single": {}, "shapley": {}, "shapley, interactions": {"interactions": True}}
+METHODS = {
+    "gradient": {},
+    "single": {},
+    "shapley": {},
+    "shapley, control": {"estimator": "control"},
+    "shapley, interactions": {"interactions": True},
+}
 
 
 def samples(model: str) -> tuple[torch.Tensor, torch.Tensor]:

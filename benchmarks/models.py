@@ -169,9 +169,16 @@ class Llama(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, layers: int = 5) -> None:
+    def __init__(
+        self,
+        layers: int = 5,
+        dim: int = 64,
+        heads: int = 8,
+        kv_heads: int = 4,
+        hidden: int = 172,
+        vocabulary: int = 512,
+    ) -> None:
         super().__init__()
-        vocabulary, dim, heads, kv_heads, hidden = 512, 64, 8, 4, 172
         self.tok_embeddings = nn.Embedding(vocabulary, dim)
         self.layers = nn.ModuleList(LlamaBlock(dim, heads, kv_heads, hidden) for _ in range(layers))
         self.norm = RMSNorm(dim)
@@ -208,12 +215,12 @@ class ViTBlock(nn.Module):
 
 
 class ViT(nn.Module):
-    """A small vision transformer that pools by the mean. x: [n, 3, 32, 32]; returns logits [n, 10]."""
+    """A vision transformer that pools by the mean. x: [n, 3, size, size]; returns logits [n, 10]."""
 
-    def __init__(self, dim: int = 96, layers: int = 4, heads: int = 4) -> None:
+    def __init__(self, dim: int = 96, layers: int = 4, heads: int = 4, patch: int = 4, size: int = 32) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, dim, 4, stride=4)
-        self.positions = nn.Parameter(0.02 * torch.randn(64, dim))
+        self.patches = nn.Conv2d(3, dim, patch, stride=patch)
+        self.positions = nn.Parameter(0.02 * torch.randn((size // patch) ** 2, dim))
         self.layers = nn.Sequential(*(ViTBlock(dim, heads) for _ in range(layers)))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, 10)

@@ -19,15 +19,13 @@ def torch_quantize(x: Tensor, grid: Grid) -> Tensor:
     """torch's own fake quantization; one bit, which it has no grid for, by hand."""
     if (grid.zero_point == -0.5).all():
         shape = [-1 if d == grid.axis else 1 for d in range(x.dim())]
-        return torch.where(x >= 0, 0.5, -0.5) * torch.from_numpy(grid.scale).reshape(shape)
+        return torch.where(x >= 0, 0.5, -0.5) * torch.from_numpy(grid.scale).to(x).reshape(shape)
     if grid.axis is None:
         return torch.fake_quantize_per_tensor_affine(
             x, float(grid.scale), int(grid.zero_point), grid.quant_min, grid.quant_max
         )
-    zero = torch.from_numpy(grid.zero_point).int()
-    return torch.fake_quantize_per_channel_affine(
-        x, torch.from_numpy(grid.scale), zero, grid.axis, grid.quant_min, grid.quant_max
-    )
+    scale, zero = torch.from_numpy(grid.scale).to(x.device), torch.from_numpy(grid.zero_point).int().to(x.device)
+    return torch.fake_quantize_per_channel_affine(x, scale, zero, grid.axis, grid.quant_min, grid.quant_max)
 
 
 def oracle(ev: Any, mixture: np.ndarray) -> float:

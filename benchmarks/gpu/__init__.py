@@ -1,0 +1,1 @@
+"""What only a GPU shows: `python -m benchmarks.gpu`, a part of `make gpu`."""

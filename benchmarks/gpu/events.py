@@ -1,0 +1,67 @@
+"""Seconds of calls on a device: by events on a GPU, by the clock elsewhere. Sides take turns; medians are quoted."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+Side = Callable[[int], object]  # does the k-th of a row of calls, on operands of its own
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    run()
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after) / 1e3
+
+
+def medians(sides: Mapping[str, Side], calls: int, device: torch.device, rounds: int = 20) -> dict[str, float]:
+    """Median seconds of one call by side, `calls` in a row, launched one by one."""
+    rows = {name: _row(side, calls) for name, side in sides.items()}
+    return {name: value / calls for name, value in _medians(rows, device, rounds).items()}
+
+
+def replayed(sides: Mapping[str, Side], calls: int, device: torch.device, rounds: int = 20) -> dict[str, float]:
+    """As `medians`, the row of calls replayed as a CUDA graph: what the GPU takes, without the host's launches."""
+    if device.type != "cuda":
+        return medians(sides, calls, device, rounds)
+    graphs = {}
+    for name, side in sides.items():
+        row = _row(side, calls)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            row()  # what is compiled, or chosen, the first time
+        torch.cuda.current_stream().wait_stream(stream)
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            row()
+    found = _medians({name: graph.replay for name, graph in graphs.items()}, device, rounds)
+    return {name: value / calls for name, value in found.items()}
+
+
+def _row(side: Side, calls: int) -> Callable[[], None]:
+    def run() -> None:
+        for k in range(calls):
+            side(k)
+
+    return run
+
+
+def _medians(rows: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in rows}
+    for turn in range(rounds + 3):
+        for name in list(rows) if turn % 2 else reversed(list(rows)):
+            elapsed = seconds(rows[name], device)
+            if turn >= 3:
+                times[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in times.items()}

@@ -1,0 +1,190 @@
+"""What only a GPU can show; skipped without one. Run by `make gpu`, like the op tests with SMPQ_TEST_DEVICE=cuda."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from random_models import MODELS, build
+from torch import Tensor, nn
+
+import smpq_ext
+from python_tests.plain_loop import oracle, random_assignments, random_mixtures
+from smpq_ext import ops, reference
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.usefixtures("compiled"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU"),
+]
+LOW, HIGH = ops.bounds(torch.tensor([2, 3, 4, 6, 8], dtype=torch.int32))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SHAPES = [((5003,), None), ((64, 3, 7, 7), 0), ((300, 17), 1), ((2, 5, 9000), 1)]
+
+
+def operands(shape: tuple[int, ...], axis: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, scale, mixtures, grad, on the CPU."""
+    rng = torch.Generator().manual_seed(0)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    channels = () if axis is None else (shape[axis],)
+    x = (3 * torch.randn(shape, generator=rng)).to(dtype)
+    x.view(-1)[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0], dtype=dtype)
+    scale = (torch.rand((len(LOW), *channels), generator=rng) + 0.01).to(compute)
+    mixtures = torch.rand(9, len(LOW), generator=rng).to(compute)
+    mixtures[3:6] = torch.eye(len(LOW), dtype=compute)[:3]
+    return x, scale, mixtures, torch.randn(shape, generator=rng).to(dtype)
+
+
+def calls(axis: int | None) -> dict[str, Callable[..., Any]]:
+    """Elementwise ops of x, scale, mixtures, grad."""
+
+    def backward(x: Tensor, scale: Tensor, mixtures: Tensor, grad: Tensor) -> Tensor:
+        return ops._smpq.fake_quantize_backward(grad, x, scale[2], None, None, None, -8, 7, axis, None, False)[0]
+
+    def coalition(x: Tensor, scale: Tensor, mixtures: Tensor, grad: Tensor) -> Tensor:
+        low, high = LOW.to(x.device), HIGH.to(x.device)
+        return ops.coalition_fake_quantize(x, scale, None, low, high, mixtures, axis=axis)
+
+    return {
+        "fake_quantize": lambda x, scale, mixtures, grad: ops.fake_quantize(x, scale[2], bits=4, axis=axis),
+        "backward": backward,
+        "coalition": coalition,
+    }
+
+
+OPS = tuple(calls(None))
+
+
+@pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_cpu_and_cuda_give_the_same_bits(op: str, dtype: torch.dtype, shape: tuple[int, ...], axis: int | None) -> None:
+    given = operands(shape, axis, dtype)
+    call = calls(axis)[op]
+    here, there = call(*given), call(*(t.cuda() for t in given)).cpu()
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    assert torch.equal(here.isnan(), there.isnan())
+    assert torch.equal(here.nan_to_num(0).view(kind), there.nan_to_num(0).view(kind))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_ops_run_on_the_stream_of_their_caller(op: str) -> None:
+    x, *others = (t.cuda() for t in operands((64, 3, 7, 7), 0, torch.float32))
+    call = calls(0)[op]
+    expected = call(x, *others)
+    late = torch.zeros_like(x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # a tenth of a second: on another stream the op would see zeros
+        late.copy_(x)
+        found = call(late, *others)
+    stream.synchronize()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_ops_are_captured_in_a_cuda_graph(op: str) -> None:
+    x, *others = (t.cuda() for t in operands((64, 3, 7, 7), 0, torch.float32))
+    call = calls(0)[op]
+    held = torch.zeros_like(x)
+    call(held, *others)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call(held, *others)
+    for value in (x, -x):
+        held.copy_(value)
+        graph.replay()
+        torch.testing.assert_close(found, call(value, *others), rtol=0, atol=0, equal_nan=True)
+
+
+def on_gpu(name: str, **settings: Any) -> Any:
+    model, data = build(name, 0, sizes=(33,))
+    there = [(x.cuda(), y.cuda()) for x, y in data]
+    return smpq_ext.evaluator(model.cuda(), there, bits=(2, 3, 8), fixed={}, **settings)
+
+
+@pytest.mark.parametrize("renormalize", [False, True], ids=["kept", "re-estimated"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_engine_has_the_values_of_a_plain_loop(name: str, renormalize: bool) -> None:
+    ev = on_gpu(name, renormalize=renormalize)
+    assignments, mixtures = random_assignments(ev, 7), random_mixtures(ev, 3)
+    expected = [oracle(ev, m) for m in (*ev.space.one_hot(assignments), *mixtures)]
+    found = np.concatenate([ev(assignments), ev(mixtures)])
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)  # a rounding tie may fall to the other side
+    np.testing.assert_array_equal(ev(assignments), ev(assignments))
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["assignments", "mixtures"])
+@pytest.mark.parametrize("name", ["Branches", "Tokens", "Shared"])
+def test_a_replayed_forward_is_the_launched_one_bit_for_bit(name: str, mixed: bool) -> None:
+    ev = on_gpu(name, renormalize=False)
+    assert ev._executor.replay is not None, ev.notes
+    rows = random_mixtures(ev, 5) if mixed else random_assignments(ev, 9)
+    ev.rows_per_batch = 2
+    replayed = ev.by_group(rows)
+    ev._executor.replay = None
+    np.testing.assert_array_equal(replayed, ev.by_group(rows))
+
+
+@pytest.mark.parametrize("name", ["Branches", "Tokens"])
+def test_integers_have_the_values_of_floats(name: str) -> None:
+    ev = on_gpu(name, renormalize=False)
+    lockstep = ev._executor.lockstep
+    assert lockstep is not None and lockstep.integers
+    rows = random_assignments(ev, 9)
+    integers = ev.by_group(rows)
+    ev._executor.replay = lockstep.integer = lockstep.floating = None
+    np.testing.assert_allclose(integers, ev.by_group(rows), rtol=1e-4)
+
+
+def test_a_search_resumes_and_its_plan_can_be_applied(tmp_path: Path) -> None:
+    model, data = build("Branches", 0, sizes=(40,))
+    data = [(x.cuda(), y.cuda()) for x, y in data]
+    arguments = {"bits": (2, 4, 8), "budget": "weight-bits=4,activation-bits=4", "evaluations": 300}
+    arguments |= {"store": str(tmp_path / "e.sqlite"), "renormalize": False}
+    first = smpq_ext.search(model.cuda(), data, **arguments)
+    again = smpq_ext.search(model, data, **arguments)
+    assert first.plan == again.plan
+    quantized = smpq_ext.apply(model, first.plan)
+    assert next(quantized.parameters()).is_cuda
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(quantized(data[0][0]), data[0][1])
+    assert float(loss) < 3 * first.float_loss + 1
+
+
+def test_one_rank_over_nccl_finds_the_plan_of_a_process_alone(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    (tmp_path / "model.py").write_text(
+        "import torch\ndef build():\n    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(5)))\n"
+    )
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "d.npz", x=rng.normal(size=(40, 8)).astype(np.float32), y=rng.integers(0, 8, 40))
+    search = ["search", "--model", str(tmp_path / "model.py:build"), "--data", str(tmp_path / "d.npz")]
+    search += ["--budget", "weight-bits=4", "--evaluations", "200", "--device", "cuda", "--out"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    for name, how in {"alone": [], "rank": launch}.items():
+        command = [sys.executable, *how, "-m", "smpq_ext.cli", *search, str(tmp_path / name)]
+        done = subprocess.run(
+            command, check=False, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    alone, rank = ((tmp_path / name / "plan.json").read_text() for name in ("alone", "rank"))
+    assert alone == rank
+
+
+def test_the_reference_is_the_same_there() -> None:
+    x, scale, _, _ = operands((300, 17), 1, torch.float32)
+    arguments = (x, scale[1], None, None, None, -4, 3, 1, None)
+    there = [a.cuda() if isinstance(a, Tensor) else a for a in arguments]
+    torch.testing.assert_close(
+        reference.fake_quantize(*there).cpu(), reference.fake_quantize(*arguments), rtol=0, atol=0, equal_nan=True
+    )
