@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +44,12 @@ def device() -> Iterator[str]:
         ops._smpq = kernels
     else:
         yield WHERE
+
+
+@pytest.fixture
+def opcheck() -> Callable[..., object]:
+    pytest.importorskip("expecttest", reason="torch.library.opcheck needs it")
+    return torch.library.opcheck
 
 
 @pytest.fixture

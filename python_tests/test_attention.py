@@ -75,8 +75,8 @@ def example() -> list[Any]:
     return [*torch.randn(3, 4, 2, 5, 8), rows, rows, rows, 2, True, 0.5]
 
 
-def test_opcheck() -> None:
-    torch.library.opcheck(torch.ops.smpq.coalition_attention.default, tuple(example()))
+def test_opcheck(opcheck: Any) -> None:
+    opcheck(torch.ops.smpq.coalition_attention.default, tuple(example()))
 
 
 @pytest.mark.parametrize(

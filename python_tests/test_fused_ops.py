@@ -234,15 +234,15 @@ def test_any_number_of_layers_reads_a_value(device: str) -> None:
         assert torch.equal(a.cpu(), b)
 
 
-def test_opcheck_on_the_cpu() -> None:
-    torch.library.opcheck(torch.ops.smpq.coalition_convolution.default, tuple(example()))
+def test_opcheck_on_the_cpu(opcheck: Any) -> None:
+    opcheck(torch.ops.smpq.coalition_convolution.default, tuple(example()))
     x = torch.randn(2, 3, 5, 5, 6)
     rows, grids, _ = example()[-3:]
     mixed = [torch.rand(2, 3, 5).ceil()]
     for bits, grid in ((8, grids), (16, mixed), (32, mixed)):
         settings = None, None, None, 0.0, None, None, False, 0.0, 6.0, 0, True, True
         arguments = (x, torch.tensor([1, 0, 0]), *settings, rows, grid, [bits])
-        torch.library.opcheck(torch.ops.smpq.coalition_epilogue.default, arguments)
+        opcheck(torch.ops.smpq.coalition_epilogue.default, arguments)
 
 
 @pytest.mark.parametrize(

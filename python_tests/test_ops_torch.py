@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -63,21 +64,21 @@ def cases(dtype: torch.dtype, device: str) -> dict[str, list[tuple]]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("op", ops.OPS)
-def test_opcheck(op: str, dtype: torch.dtype, device: str) -> None:
+def test_opcheck(op: str, dtype: torch.dtype, device: str, opcheck: Any) -> None:
     for args in cases(dtype, device)[op]:
-        torch.library.opcheck(getattr(torch.ops.smpq, op).default, args)
+        opcheck(getattr(torch.ops.smpq, op).default, args)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_opcheck_layers(dtype: torch.dtype, device: str) -> None:
+def test_opcheck_layers(dtype: torch.dtype, device: str, opcheck: Any) -> None:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device)
 
     x, w = random(3, 2, 4, 5, 5).requires_grad_(), random(2, 6, 2, 3, 3).requires_grad_()
     convolution = (x, w, random(6), [0, 1, 1], [1, 1], [1, 1], [1, 1], 2)
-    torch.library.opcheck(torch.ops.smpq.coalition_conv2d.default, convolution)
+    opcheck(torch.ops.smpq.coalition_conv2d.default, convolution)
     x, w = random(3, 2, 4).requires_grad_(), random(2, 6, 4).requires_grad_()
-    torch.library.opcheck(torch.ops.smpq.coalition_linear.default, (x, w, None, [1, 1, 0]))
+    opcheck(torch.ops.smpq.coalition_linear.default, (x, w, None, [1, 1, 0]))
 
 
 def test_schemas_are_those_of_the_reference() -> None:
