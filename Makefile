@@ -40,7 +40,7 @@ bench: build
 	$(BIN)/python -m pytest benchmarks --benchmark-only --save-tables
 
 # On a machine with a GPU, in an environment that has torch for it, nvcc, cmake, ninja, pybind11 and the packages of the tests: .venv where
-# it is, else that of $(PYTHON). Nothing is fetched. Each part can be had by itself.
+# it is, else that of $(PYTHON). Nothing is fetched. Each part can be had by itself; `make -k gpu` goes on where one fails.
 gpu: gpu-build gpu-test gpu-sanitize gpu-bench
 
 gpu-build:
@@ -50,9 +50,10 @@ gpu-build:
 gpu-test:
 	SMPQ_TEST_DEVICE=cuda $(PYTHON) -m pytest
 
+# Without torch's cache of memory, in which what is beyond a tensor is another one.
 gpu-sanitize:
 	for tool in memcheck racecheck; do \
-	  SMPQ_TEST_DEVICE=cuda compute-sanitizer --tool $$tool --error-exitcode 9 $(PYTHON) -m pytest -q -x -p no:cacheprovider \
+	  SMPQ_TEST_DEVICE=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 $(PYTHON) -m pytest -q -x -p no:cacheprovider \
 	    -k "not on_the_cpu" python_tests/test_ops.py python_tests/test_fused_ops.py || exit 1; \
 	done
 

@@ -28,11 +28,19 @@ TOGETHER = 8  # coalitions, in B5
 
 
 class Fixed:
-    """Grids as torch's ops want them: float zero points, and codes that need not be read from a device."""
+    """Grids as torch's ops want them, float zero points where they take them, and codes that are no device's."""
 
     def __init__(self, grids: Grids) -> None:
-        self.scale, self.zero_point, self.axis = grids.scale, grids.zero_point.float(), grids.axis
+        self.scale, self.axis = grids.scale, grids.axis
+        whole = self.scale.is_cuda and self.axis is None  # all that CUDA's op for a whole tensor takes
+        self.zero_point = grids.zero_point.to(torch.int32 if whole else torch.float32)
         self.codes = list(zip(grids.quant_min.tolist(), grids.quant_max.tolist(), strict=True))
+
+    def quantize(self, x: Tensor, candidate: int) -> Tensor:
+        scale, zero, codes = self.scale[candidate], self.zero_point[candidate], self.codes[candidate]
+        if self.axis is None:  # the overload by name: a whole number on a device would be read by the host
+            return torch.ops.aten.fake_quantize_per_tensor_affine.tensor_qparams(x, scale, zero, *codes)
+        return torch.fake_quantize_per_channel_affine(x, scale, zero, self.axis, *codes)
 
 
 class Quantized(nn.Module):
@@ -47,7 +55,7 @@ class Quantized(nn.Module):
             None if g is None else Fixed(g) for g in (grids.get(f"{name}.weight"), grids.get(f"{name}.activation"))
         )
         self.slots = tuple(slots.index(s) if s in slots else -1 for s in (f"{name}.weight", f"{name}.activation"))
-        if self.weight_grids is not None:
+        if self.weight_grids is not None and not self.kind.startswith("B2"):
             widths = range(len(self.weight_grids.codes))
             bank = torch.stack([self.on_grid(module.weight.detach(), self.weight_grids, c) for c in widths])
             if bank.dim() == 5:  # every variant with its channels last
@@ -78,10 +86,7 @@ class Quantized(nn.Module):
             for c, share in enumerate(candidate[1 : len(grids.codes)], start=1):
                 total.add_(self.on_grid(x, grids, c), alpha=float(share))
             return total
-        scale, zero, (low, high) = grids.scale[candidate], grids.zero_point[candidate], grids.codes[candidate]
-        if grids.axis is None:
-            return torch.fake_quantize_per_tensor_affine(x, scale, zero, low, high)
-        return torch.fake_quantize_per_channel_affine(x, scale, zero, grids.axis, low, high)
+        return grids.quantize(x, candidate)
 
     def by_formula(self, x: Tensor, a: Any) -> Tensor:
         fields = self.scale, self.zero_point, self.quant_min, self.quant_max

@@ -255,6 +255,13 @@ def load_llama() -> Llama:
     return _load(Llama(), "stories260k", "stories260K.safetensors")
 
 
+def resnet50() -> nn.Module:
+    """torchvision's, with random weights. x: [n, 3, 224, 224]; returns logits [n, 1000]."""
+    from torchvision.models import resnet50 as make
+
+    return make(weights=None).eval()
+
+
 def random_vit(seed: int = 0) -> ViT:
     """A ViT with random weights: needs no data folder."""
     with torch.random.fork_rng(devices=[]):

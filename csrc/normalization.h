@@ -35,11 +35,12 @@ class Normalization {
     bias = own(bias_, 0.0);
   }
 
-  // So many rows that a cache still holds them when they are read for the second time.
-  static int64_t rows_together(const Epilogue& e, int64_t rows) {
-    constexpr int64_t kCached = 8 << 20;  // bytes
+  // So many rows that a cache still holds them when they are read for the second time; on a GPU so many that launches,
+  // four for each of these groups, cost less than the memory's bandwidth (not measured).
+  int64_t rows_together(const Epilogue& e, int64_t rows) const {
+    const int64_t together = on_device(statistics) ? 256 << 20 : 8 << 20;  // bytes
     const int64_t row = std::max<int64_t>(e.pixels * e.channels * 4, 1);
-    return std::clamp<int64_t>(kCached / row, 1, std::max<int64_t>(rows, 1));
+    return std::clamp<int64_t>(together / row, 1, std::max<int64_t>(rows, 1));
   }
 
   // The epilogue of values by their own statistics, rows_together at a time: take(args, last, moments) makes or finds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,7 +27,10 @@ WHERE = os.environ.get("SMPQ_TEST_DEVICE", "cpu")
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads() -> None:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
-    torch.backends.cudnn.allow_tf32 = False  # the library's products at the accuracy of ours
+    if WHERE == "cuda":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of its newer name
+            torch.backends.cudnn.allow_tf32 = False  # the library's products at the accuracy of ours
 
 
 @pytest.fixture(autouse=True)

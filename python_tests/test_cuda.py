@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +11,46 @@ import pytest
 import torch
 from random_models import MODELS, build
 from torch import Tensor, nn
+from torch import distributed as dist
 
 import smpq_ext
 from python_tests.plain_loop import oracle, random_assignments, random_mixtures
-from smpq_ext import ops, reference
+from smpq_ext import distributed, ops, reference
 
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.usefixtures("compiled"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU"),
 ]
-LOW, HIGH = ops.bounds(torch.tensor([2, 3, 4, 6, 8], dtype=torch.int32))
+WIDTHS = torch.tensor([2, 3, 4, 6, 8], dtype=torch.int32)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = [((5003,), None), ((64, 3, 7, 7), 0), ((300, 17), 1), ((2, 5, 9000), 1)]
 
 
-def operands(shape: tuple[int, ...], axis: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, scale, mixtures, grad, on the CPU."""
+def operands(shape: tuple[int, ...], axis: int | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """x, scale, lowest and highest codes, mixtures, grad, on the CPU."""
     rng = torch.Generator().manual_seed(0)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     channels = () if axis is None else (shape[axis],)
     x = (3 * torch.randn(shape, generator=rng)).to(dtype)
     x.view(-1)[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0], dtype=dtype)
-    scale = (torch.rand((len(LOW), *channels), generator=rng) + 0.01).to(compute)
-    mixtures = torch.rand(9, len(LOW), generator=rng).to(compute)
-    mixtures[3:6] = torch.eye(len(LOW), dtype=compute)[:3]
-    return x, scale, mixtures, torch.randn(shape, generator=rng).to(dtype)
+    scale = (torch.rand((len(WIDTHS), *channels), generator=rng) + 0.01).to(compute)
+    mixtures = torch.rand(9, len(WIDTHS), generator=rng).to(compute)
+    mixtures[3:6] = torch.eye(len(WIDTHS), dtype=compute)[:3]
+    return x, scale, *ops.bounds(WIDTHS), mixtures, torch.randn(shape, generator=rng).to(dtype)
 
 
 def calls(axis: int | None) -> dict[str, Callable[..., Any]]:
-    """Elementwise ops of x, scale, mixtures, grad."""
+    """Elementwise ops of operands."""
 
-    def backward(x: Tensor, scale: Tensor, mixtures: Tensor, grad: Tensor) -> Tensor:
+    def backward(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, mixtures: Tensor, grad: Tensor) -> Tensor:
         return ops._smpq.fake_quantize_backward(grad, x, scale[2], None, None, None, -8, 7, axis, None, False)[0]
 
-    def coalition(x: Tensor, scale: Tensor, mixtures: Tensor, grad: Tensor) -> Tensor:
-        low, high = LOW.to(x.device), HIGH.to(x.device)
+    def coalition(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, mixtures: Tensor, grad: Tensor) -> Tensor:
         return ops.coalition_fake_quantize(x, scale, None, low, high, mixtures, axis=axis)
 
     return {
-        "fake_quantize": lambda x, scale, mixtures, grad: ops.fake_quantize(x, scale[2], bits=4, axis=axis),
+        "fake_quantize": lambda x, scale, *_: ops.fake_quantize(x, scale[2], bits=4, axis=axis),
         "backward": backward,
         "coalition": coalition,
     }
@@ -152,7 +149,7 @@ def test_a_search_resumes_and_its_plan_can_be_applied(tmp_path: Path) -> None:
     arguments |= {"store": str(tmp_path / "e.sqlite"), "renormalize": False}
     first = smpq_ext.search(model.cuda(), data, **arguments)
     again = smpq_ext.search(model, data, **arguments)
-    assert first.plan == again.plan
+    assert first.plan.to_json() == again.plan.to_json()
     quantized = smpq_ext.apply(model, first.plan)
     assert next(quantized.parameters()).is_cuda
     with torch.no_grad():
@@ -160,25 +157,21 @@ def test_a_search_resumes_and_its_plan_can_be_applied(tmp_path: Path) -> None:
     assert float(loss) < 3 * first.float_loss + 1
 
 
-def test_one_rank_over_nccl_finds_the_plan_of_a_process_alone(tmp_path: Path) -> None:
-    root = Path(__file__).parents[1]
-    (tmp_path / "model.py").write_text(
-        "import torch\ndef build():\n    torch.manual_seed(0)\n"
-        "    return torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(5)))\n"
-    )
-    rng = np.random.default_rng(0)
-    np.savez(tmp_path / "d.npz", x=rng.normal(size=(40, 8)).astype(np.float32), y=rng.integers(0, 8, 40))
-    search = ["search", "--model", str(tmp_path / "model.py:build"), "--data", str(tmp_path / "d.npz")]
-    search += ["--budget", "weight-bits=4", "--evaluations", "200", "--device", "cuda", "--out"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    for name, how in {"alone": [], "rank": launch}.items():
-        command = [sys.executable, *how, "-m", "smpq_ext.cli", *search, str(tmp_path / name)]
-        done = subprocess.run(
-            command, check=False, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-    alone, rank = ((tmp_path / name / "plan.json").read_text() for name in ("alone", "rank"))
-    assert alone == rank
+@pytest.fixture
+def nccl(tmp_path: Path) -> Iterator[None]:
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("nccl")
+def test_bytes_go_over_nccl_and_a_shared_evaluator_has_the_values_of_its_own() -> None:
+    assert distributed._gather(b"some bytes") == [b"some bytes"]
+    assert distributed._by_first(lambda: (b"told", 3)) == (b"told", 3)
+    ev = on_gpu("Branches", renormalize=False)
+    rows = random_assignments(ev, 9)
+    np.testing.assert_array_equal(distributed.SharedEvaluator(ev).by_group(rows), ev.by_group(rows))
 
 
 def test_the_reference_is_the_same_there() -> None:

@@ -20,6 +20,7 @@ import smpq_ext
 from python_tests.plain_loop import oracle, random_assignments, random_mixtures
 from python_tests.random_models import CLASSES, MODELS, build
 from smpq_ext.core import Plan, SmpqError
+from smpq_ext.engine import losses
 
 BITS = (2, 3, 8)
 slow = settings(max_examples=16, deadline=None, derandomize=True, phases=[Phase.generate], report_multiple_bugs=False)
@@ -49,6 +50,24 @@ def test_one_hot_mixtures_are_assignments_bit_for_bit(name: str, seed: int, reno
     assert (ev(assignments) == ev(ev.space.one_hot(assignments))).all()
     np.testing.assert_allclose(ev.by_group(assignments) @ ev.groups, ev(assignments), rtol=1e-12)
     assert ev(assignments).dtype == np.float64
+
+
+@pytest.mark.parametrize("renormalize", [False, True], ids=["kept", "re-estimated"])
+@pytest.mark.parametrize("loss", [None, "kl"])
+@pytest.mark.parametrize("name", ["Branches", "Tokens"])
+def test_losses_of_labels_are_those_of_parts(
+    name: str, loss: str | None, renormalize: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = build(name, 0, sizes=(17, 9))
+    if loss is None:
+        data[0][1][2] = losses.IGNORED
+    ev = smpq_ext.evaluator(model, data, bits=BITS, loss=loss, renormalize=renormalize)
+    rows = random_assignments(ev, 5)
+    of_labels = ev.by_group(rows)
+    ev._losses_together = True
+    np.testing.assert_array_equal(ev.by_group(rows), of_labels)
+    monkeypatch.setattr(losses, "EACH", {})
+    np.testing.assert_allclose(ev.by_group(rows), of_labels, rtol=1e-6)
 
 
 @slow
@@ -546,6 +565,24 @@ def test_float64_models_work_and_settings_change_the_fingerprint() -> None:
     found = [smpq_ext.evaluator(build(slope), [(x, y)], bits=(2, 8), fixed={}) for slope in (0.01, 0.02, 0.01)]
     assert found[0].fingerprint == found[2].fingerprint != found[1].fingerprint
     assert np.isfinite(found[0](np.zeros((1, len(found[0].slots)), np.int8))).all()
+
+
+def even(n: int, x: Tensor) -> Tensor:
+    return x if n == 0 else odd(n - 1, x)
+
+
+def odd(n: int, x: Tensor) -> Tensor:
+    return even(n - 1, x)
+
+
+def test_a_loss_whose_helpers_call_each_other_has_a_fingerprint() -> None:
+    model, data = build("Shared", 0)
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(even(2, outputs), targets)
+
+    ev = smpq_ext.evaluator(model, data, bits=(2, 8), loss=loss)
+    assert ev.fingerprint != smpq_ext.evaluator(model, data, bits=(2, 8)).fingerprint
 
 
 def test_two_losses_of_one_name_are_told_apart() -> None:

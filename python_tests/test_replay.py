@@ -42,7 +42,7 @@ class Emulated:
 
     count = replays = 0
 
-    def __init__(self, run: Callable[[Any], Any], inputs: Any, device: torch.device, pool: Any) -> None:
+    def __init__(self, run: Callable[[Any], Any], inputs: Any, pool: Any) -> None:
         self.inputs = tree_map(torch.clone, inputs)
         with Recording() as recording, pytest.MonkeyPatch.context() as forbidden:
             forbidden.setattr(torch, "from_numpy", None)
@@ -86,7 +86,7 @@ def test_a_replayed_forward_has_the_same_values(name: str, mixed: bool, monkeypa
     chunks = -(-len(np.unique(rows, axis=0)) // 2)
     expected = ev.by_group(rows)
     monkeypatch.setattr(replay, "Recorded", Emulated)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(replay, "Pool", lambda device: None)
     monkeypatch.setattr(lockstep, "asks", False)
     ev._executor.replay = replay.Replay(lockstep, ev.device)
     records, replays = Emulated.count, Emulated.replays

@@ -29,11 +29,17 @@ PATIENCE = 0.05  # seconds between two attempts to reach rank 0
 
 
 def join(device: str) -> str:
-    """Join the process group of a launch, as by torchrun; returns the device of this rank. Alone it does nothing."""
+    """Join the process group of a launch, as by torchrun; returns the device of this rank. Alone it does nothing.
+
+    Raises SmpqError where there are more ranks than GPUs.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         cuda = device.startswith("cuda")
         if cuda:
-            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+            local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            if local >= count:
+                raise SmpqError(f"device: this machine has {count} GPUs for rank {local}; start at most {count} here")
+            device = f"cuda:{local}"
             torch.cuda.set_device(device)
         store, own, world = _store_of_this_attempt()
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=own, world_size=world)

@@ -98,7 +98,7 @@ def _named(what: str, where: str) -> Any:
     if not _is_reference(where):
         raise SmpqError(f"{what}: {where!r} is not of the form file.py:function or package.module:function")
     try:
-        module = _file(Path(source)) if source.endswith(".py") else _module(source)
+        module = _file(Path(source), what) if source.endswith(".py") else _module(source)
     except SmpqError:
         raise
     except FileNotFoundError as error:
@@ -113,7 +113,7 @@ def _named(what: str, where: str) -> Any:
         raise SmpqError(f"{what}: {source} has no {name!r}") from error
 
 
-def _file(path: Path) -> ModuleType:
+def _file(path: Path, what: str) -> ModuleType:
     if not path.is_file():
         raise FileNotFoundError(2, "not there", str(path))
     name, file = path.stem, str(path.resolve())
@@ -123,7 +123,7 @@ def _file(path: Path) -> ModuleType:
     sys.path.insert(0, str(Path(file).parent))
     spec = importlib.util.spec_from_file_location(name, file)
     if name in sys.modules or spec is None or spec.loader is None:
-        raise SmpqError(f"model: {path} cannot be imported, another module is called {name!r}; rename the file")
+        raise SmpqError(f"{what}: {path} cannot be imported, another module is called {name!r}; rename the file")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

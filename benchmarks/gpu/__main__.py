@@ -6,7 +6,8 @@ copy's bandwidth for the bytes that must be moved; "vs B2": torch's own ops, "vs
 "vs B7": a Triton kernel, "vs empty": a kernel that does nothing. Coalitions: chains, random rows and mixtures as in
 engine.md, random weights; "vs B4": a bank of weights at all widths, "vs B6": the bank under torch.compile in a CUDA
 graph, "vs no replay": ours without CUDA graphs; "our kernels", "others", "idle": shares of the time; "of bf16 rate":
-products a second after sharing, by those of the matrix product. Medians by events, all sides in turn.
+products a second after sharing, by those of the matrix product. Medians by events, sides in turn; torch's settings are
+its defaults, so convolutions of loops may multiply in TF32. A case that fails says so in "error".
 
     python -m benchmarks.gpu [--only ops|engine]
 """
@@ -14,33 +15,52 @@ products a second after sharing, by those of the matrix product. Medians by even
 from __future__ import annotations
 
 import argparse
+import json
+import traceback
+from typing import Any
 
 import torch
 
-from benchmarks.environment import save_table
+from benchmarks.environment import RESULTS, save_table
 from benchmarks.gpu import engine, ops
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("ops", "engine"))
+    parser.add_argument("--only", choices=("ops", "engine"), help="and keep the rows of the other part")
     given = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu: torch finds no GPU here")
     device = torch.device("cuda")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     limits = ops.machine(device)
-    table = [
-        {"what": "copy", "GB/s": limits["bytes/s"] / 1e9},
-        {"what": "product", "10¹²/s": limits["products/s"] / 1e12},
+    parts = {"ops": ops.cases(device), "engine": engine.cases(device, limits["products/s"])}
+    file = RESULTS / "gpu.json"
+    known = json.loads(file.read_text())["rows"] if given.only and file.exists() else []
+    first = [
+        {"part": "limits", "what": "copy", "GB/s": limits["bytes/s"] / 1e9},
+        {"part": "limits", "what": "product", "10¹² products/s": limits["products/s"] / 1e12},
     ]
-    measured = {"ops": ops.rows(device), "engine": engine.rows(device, limits["products/s"])}
-    for part, rows in measured.items():
-        if given.only in (None, part):
-            for row in rows:
-                print(row, flush=True)
-                table.append(row)
-    save_table("gpu", table, " ".join((__doc__ or "").partition("    python")[0].split()))
+    table: dict[str, list[dict[str, Any]]] = {part: [r for r in known if r["part"] == part] for part in parts}
+    for part, cases in parts.items():
+        if given.only not in (None, part):
+            continue
+        table[part] = []
+        for what, run in cases:
+            row = {"part": part, "what": what}
+            try:
+                row |= run()
+            except Exception as error:
+                traceback.print_exc()
+                row["error"] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            print(row, flush=True)
+            table[part].append(row)
+            save_table("gpu", [*first, *table["ops"], *table["engine"]], note())  # a machine may be taken away
+    if any("error" in row for rows in table.values() for row in rows):
+        raise SystemExit("benchmarks.gpu: some cases failed, see their errors above")
+
+
+def note() -> str:
+    return " ".join((__doc__ or "").partition("    python")[0].split())
 
 
 if __name__ == "__main__":

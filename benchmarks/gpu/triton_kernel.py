@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-BLOCK = 4096
+MOST = 4096  # elements of a block
 
 
 @triton.jit
@@ -31,6 +31,7 @@ def fake_quantize(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     """x [channels, size] on a grid without zero point, scale [] or [channels]."""
     y = torch.empty_like(x)
     channels, size = x.shape
-    grid = (triton.cdiv(size, BLOCK), channels)
-    _kernel[grid](x, y, scale, size, float(low), float(high), step=scale.dim(), block=BLOCK, num_warps=8)
+    block = min(MOST, triton.next_power_of_2(size))
+    grid = (triton.cdiv(size, block), channels)
+    _kernel[grid](x, y, scale, size, float(low), float(high), step=scale.dim(), block=block, num_warps=8)
     return y

@@ -9,7 +9,8 @@ import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,7 @@ class TorchEvaluator:
             activation_widths = candidates("activation_bits", activation_bits, empty=True)
         self.model = model
         self.device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+        self._losses_together = self.device.type == "cuda"  # where launches are dear, and memory is not
         self._notes: tuple[str, ...] = ()
         batches = samples.read(data, self.device)
         check_weights(model)
@@ -372,20 +374,56 @@ class TorchEvaluator:
         """The loss of every loaded row and part, [rows, parts]; where none is loaded, of the float model or `model`."""
         n = max(1, self._executor.rows)
         torch.manual_seed(0)  # a model that draws numbers draws the same ones whichever rows are asked together
-        out: list[Tensor] = []
+        out = []
         for b, batch in enumerate(self.run_batches):
-            waiting = [p for p in self._parts if p.batch == b]
-            pieces: list[tuple[int, int, Any]] = []  # outputs of samples [start, stop), as long as a part needs them
-            for start, stop in samples.pieces(batch.size, self._samples, MERGE):
-                outputs = self._executor.forward(batch, start, stop, model)
-                _check_outputs(outputs)
-                pieces.append((start, stop, tree_map(lambda x, size=stop - start: _per_row(x, n, size), outputs)))
-                while waiting and waiting[0].stop <= stop:
-                    part = waiting.pop(0)
-                    pieces = [piece for piece in pieces if piece[1] > part.start]
-                    out += self._part_losses(pieces, part, batch, n)
+            parts = [p for p in self._parts if p.batch == b]
+            each, targets = losses.EACH.get(self.loss_fn), batch.targets
+            if each and isinstance(targets, Tensor) and targets.dim() and targets.shape[0] % batch.size == 0:
+                out.append(self._of_labels(each, parts, batch, n, model))
+            else:
+                out.append(self._of_parts(parts, batch, n, model))
         self.peak_bytes = max(self.peak_bytes, n * self._row_bytes)
-        return torch.stack(out).cpu().numpy().reshape(len(self._parts), n).T
+        return np.concatenate(out, axis=1)
+
+    def _outputs(self, batch: Batch, n: int, model: nn.Module | None) -> Iterator[tuple[int, int, Any]]:
+        """Of one run of samples [start, stop) after the other: their outputs, by row."""
+        for start, stop in samples.pieces(batch.size, self._samples, MERGE):
+            outputs = self._executor.forward(batch, start, stop, model)
+            _check_outputs(outputs)
+            yield start, stop, tree_map(lambda x, size=stop - start: _per_row(x, n, size), outputs)
+
+    def _of_labels(
+        self, each: losses.Loss, parts: list[Part], batch: Batch, n: int, model: nn.Module | None
+    ) -> NDArray[np.float64]:
+        """The loss of every row and part of a batch, [n, parts], from what every label counts."""
+        found = []
+        for start, stop, rows in self._outputs(batch, n, model):
+            targets = samples.part(batch.targets, batch.size, start, stop)
+            if n > 1 and self._losses_together:
+                values = self._loss(each, rows.flatten(0, 1), targets.repeat(n, *[1] * (targets.dim() - 1)))
+            else:
+                values = torch.stack([self._loss(each, _row(rows, r), targets) for r in range(n)])
+            found.append(values.reshape(n, stop - start, -1))
+        labels = torch.cat(found, dim=1).cpu().double().numpy()  # [n, samples, labels]; a row's sum is its own here
+        out = np.empty((n, len(parts)))
+        for k, p in enumerate(parts):
+            own = labels[:, p.start : p.stop].reshape(n, -1)
+            count = p.weight if self.loss_fn is losses.cross_entropy else own.shape[1]
+            out[:, k] = own.sum(axis=1) / max(count, 1)
+        return out
+
+    def _of_parts(self, parts: list[Part], batch: Batch, n: int, model: nn.Module | None) -> NDArray[np.float64]:
+        """The loss of every row and part of a batch, [n, parts], a part being given to the loss as a whole."""
+        out: list[Tensor] = []
+        waiting = list(parts)
+        pieces: list[tuple[int, int, Any]] = []  # as long as a part needs them
+        for start, stop, rows in self._outputs(batch, n, model):
+            pieces.append((start, stop, rows))
+            while waiting and waiting[0].stop <= stop:
+                part = waiting.pop(0)
+                pieces = [piece for piece in pieces if piece[1] > part.start]
+                out += self._part_losses(pieces, part, batch, n)
+        return torch.stack(out).cpu().numpy().reshape(len(parts), n).T
 
     def _part_losses(self, pieces: list[tuple[int, int, Any]], part: Part, batch: Batch, n: int) -> list[Tensor]:
         """The loss of every row on a part, from the outputs of pieces (start, stop, rows) that cover it."""
@@ -394,8 +432,8 @@ class TorchEvaluator:
         targets = samples.part(batch.targets, batch.size, part.start, part.stop)
         out = []
         for r in range(n):
-            row = tree_map(lambda x, r=r: x[r] if isinstance(x, Tensor) and x.dim() else x, rows)
-            value = self._loss(samples.part(row, last - first, part.start - first, part.stop - first), targets)
+            own = samples.part(_row(rows, r), last - first, part.start - first, part.stop - first)
+            value = self._loss(self.loss_fn, own, targets)
             if not isinstance(value, Tensor) or value.numel() != 1:
                 raise SmpqError(
                     f"loss: it must return a scalar tensor, not {_shape(value)}; take the mean over the samples"
@@ -403,9 +441,9 @@ class TorchEvaluator:
             out.append(value.detach().reshape(()).double())
         return out
 
-    def _loss(self, outputs: Any, targets: Any) -> Any:
+    def _loss(self, loss: losses.Loss, outputs: Any, targets: Any) -> Any:
         try:
-            return self.loss_fn(outputs, targets)
+            return loss(outputs, targets)
         except (SmpqError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -496,8 +534,16 @@ class TorchEvaluator:
             "options": _digest(self.space, self.renormalize),
             "grids": samples.digest(tables),
             "kernels": _digest(path),
-            "versions": _digest(smpq_ext.__version__, torch.__version__, self.device.type, ops.compiled),
+            "versions": _digest(smpq_ext.__version__, torch.__version__, self._arithmetic(), ops.compiled),
         }
+
+    def _arithmetic(self) -> str:
+        """The kind of device, and on CUDA in how many bits libraries multiply."""
+        if self.device.type != "cuda":
+            return self.device.type
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of its newer names
+            return f"cuda {torch.backends.cudnn.allow_tf32} {torch.backends.cuda.matmul.allow_tf32}"
 
 
 def _captured(
@@ -523,6 +569,10 @@ def _per_row(x: Any, n: int, size: int) -> Any:
     if not isinstance(x, Tensor) or not x.dim():
         return x
     return x.unflatten(0, (n, -1)) if x.shape[0] % (n * size) == 0 else x.expand(n, *x.shape)
+
+
+def _row(rows: Any, r: int) -> Any:
+    return tree_map(lambda x: x[r] if isinstance(x, Tensor) and x.dim() else x, rows)
 
 
 def _check_outputs(outputs: Any) -> None:

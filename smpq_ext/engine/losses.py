@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +27,11 @@ def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
 
     Raises SmpqError for other shapes, or where it cannot be told which dimension counts the classes.
     """
+    return cross_entropies(outputs, targets).sum() / (targets != IGNORED).sum().clamp(min=1)
+
+
+def cross_entropies(outputs: Any, targets: Tensor) -> Tensor:
+    """The same for every target, [...]; 0 for those left out."""
     if not isinstance(outputs, Tensor) or outputs.shape[:-1] != targets.shape:
         shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         if isinstance(outputs, Tensor) and (*outputs.shape[:1], *outputs.shape[2:]) == targets.shape:
@@ -50,21 +54,29 @@ def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
             "the second dimension; give loss=torch.nn.functional.cross_entropy if they are the second, " + OWN
         )
     try:
-        total = F.cross_entropy(
+        found = F.cross_entropy(
             outputs.reshape(-1, outputs.shape[-1]).float(),
             targets.reshape(-1).long(),
-            reduction="sum",
+            reduction="none",
             ignore_index=IGNORED,
         )
-        return total / (targets != IGNORED).sum().clamp(min=1)
+        return found.view(targets.shape)
     except IndexError as error:
         raise SmpqError(f"loss: cross-entropy over {outputs.shape[-1]} classes: {error}") from error
 
 
 def kl(outputs: Any, reference: Tensor) -> Tensor:
     """Mean KL divergence from the float model's log-probabilities, both [..., classes]."""
-    logp = log_probabilities(outputs)
-    return F.kl_div(logp, reference, reduction="sum", log_target=True) / math.prod(logp.shape[:-1])
+    return divergences(outputs, reference).mean()
+
+
+def divergences(outputs: Any, reference: Tensor) -> Tensor:
+    """The same for every label, [...]."""
+    return F.kl_div(log_probabilities(outputs), reference, reduction="none", log_target=True).sum(-1)
+
+
+# Of a loss that is a mean over labels: what each label counts, outputs [..., classes] and targets to [...].
+EACH: dict[Any, Callable[[Any, Any], Tensor]] = {cross_entropy: cross_entropies, kl: divergences}
 
 
 def noise_to_signal(outputs: Any, reference: Any) -> Tensor:
@@ -111,24 +123,28 @@ def choose(loss: Loss | str | None, batches: tuple[Batch, ...]) -> Loss:
     return cross_entropy
 
 
-def identity(loss: Any) -> str:
-    """What tells this loss from another: its name, source (or bytecode), and the plain values it was bound to."""
+def identity(loss: Any, above: tuple[Any, ...] = ()) -> str:
+    """What tells this loss from another: its name, source (or bytecode), and the plain values it was bound to.
+
+    above: functions whose identity is being told, and that are left out where one calls another in a circle.
+    """
     if isinstance(loss, functools.partial):
-        return f"partial({identity(loss.func)}, {_plain(loss.args)}, {_plain(loss.keywords)})"
+        return f"partial({identity(loss.func, above)}, {_plain(loss.args, above)}, {_plain(loss.keywords, above)})"
     if isinstance(loss, nn.Module):
         state = [(name, value.tolist()) for name, value in loss.state_dict().items()]
         return f"{type(loss).__module__}.{loss!r} {state}"
     if inspect.ismethod(loss):
-        return f"{identity(loss.__func__)} of {_plain(getattr(loss.__self__, '__dict__', None))}"
+        return f"{identity(loss.__func__, above)} of {_plain(getattr(loss.__self__, '__dict__', None), above)}"
     if not inspect.isroutine(loss):
-        return f"{type(loss).__module__}.{type(loss).__qualname__} {_plain(getattr(loss, '__dict__', None))}"
+        return f"{type(loss).__module__}.{type(loss).__qualname__} {_plain(getattr(loss, '__dict__', None), above)}"
     name = f"{loss.__module__}.{loss.__qualname__}"
-    if not inspect.isfunction(loss) or loss.__module__.partition(".")[0] == "torch":
+    if not inspect.isfunction(loss) or loss.__module__.partition(".")[0] == "torch" or loss in above:
         return name
-    code = loss.__code__
+    code, above = loss.__code__, (*above, loss)
     cells = [cell.cell_contents for cell in loss.__closure__ or ()]
-    names = {n: loss.__globals__[n] for n in code.co_names if n in loss.__globals__ and loss.__globals__[n] is not loss}
-    bound = f"{_plain(cells)}{_plain(loss.__defaults__)}{_plain(loss.__kwdefaults__)}{_plain(names)}"
+    names = {n: loss.__globals__[n] for n in code.co_names if n in loss.__globals__}
+    values = (cells, loss.__defaults__, loss.__kwdefaults__, names)
+    bound = "".join(_plain(value, above) for value in values)
     return f"{name}\n{source(loss)}\n{code.co_code.hex()} {_plain(code.co_consts)} {code.co_names}\n{bound}"
 
 
@@ -145,16 +161,16 @@ def settings(module: nn.Module) -> str:
     return _plain({k: v for k, v in vars(module).items() if not k.startswith("_") and isinstance(v, PLAIN)})
 
 
-def _plain(value: Any) -> str:
+def _plain(value: Any, above: tuple[Any, ...] = ()) -> str:
     """repr, without the address of an object, which would change from run to run."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_plain(k)}: {_plain(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{_plain(k, above)}: {_plain(v, above)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "(" + ", ".join(map(_plain, value)) + ")"
+        return "(" + ", ".join(_plain(v, above) for v in value) + ")"
     if isinstance(value, Tensor):
         return f"tensor({value.tolist()})"
     if inspect.isroutine(value):
-        return identity(value)
+        return identity(value, above)
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return repr(value)
     return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -10,22 +10,41 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 
+class Pool:
+    """Memory that records use one after the other.
+
+    torch gives a pool up with the last graph in it, so one of next to nothing stays; and what was freed is used again
+    on the same stream only, so all are recorded on one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.handle = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+        self.anchor = self.record(lambda: torch.zeros(1, device=device))
+
+    def record(self, run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """What `run` launches as a graph, and its outputs, which the graph writes."""
+        graph = torch.cuda.CUDAGraph()
+        here = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(here)
+        # Not torch.cuda.graph, which gives the memory that torch has cached back to the driver first.
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(pool=self.handle)
+            try:
+                outputs = run()
+            finally:
+                graph.capture_end()
+        here.wait_stream(self.stream)
+        return graph, outputs
+
+
 class Recorded:
     """One forward as a CUDA graph. The forward reads nothing back from the device, and makes nothing on the host."""
 
-    def __init__(self, run: Callable[[Any], Any], inputs: Any, device: torch.device, pool: Any) -> None:
+    def __init__(self, run: Callable[[Any], Any], inputs: Any, pool: Pool) -> None:
         self.inputs = _copy(inputs)
-        self.graph = torch.cuda.CUDAGraph()
-        here, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-        stream.wait_stream(here)
-        # Not torch.cuda.graph, which gives the memory that torch has cached back to the driver first.
-        with torch.cuda.stream(stream):
-            self.graph.capture_begin(pool=pool)
-            try:
-                self.outputs = run(self.inputs)
-            finally:
-                self.graph.capture_end()
-        here.wait_stream(stream)
+        self.graph, self.outputs = pool.record(lambda: run(self.inputs))
 
     def __call__(self, inputs: Any) -> Any:
         """The outputs for other inputs of the same shapes."""
@@ -40,8 +59,7 @@ class Replay:
     """Runs `run(inputs, samples)`; from the second call for a number of samples on, its record."""
 
     def __init__(self, run: Callable[[Any, int], Any], device: torch.device) -> None:
-        self.run, self.device = run, device
-        self._pool = torch.cuda.graph_pool_handle()  # one after the other, records use the same memory
+        self.run, self._pool = run, Pool(device)
         self._records: dict[int, Recorded | None] = {}
 
     def forget(self) -> None:
@@ -54,7 +72,7 @@ class Replay:
             return self.run(inputs, samples)
         record = self._records[samples]
         if record is None:
-            record = self._records[samples] = Recorded(lambda x: self.run(x, samples), inputs, self.device, self._pool)
+            record = self._records[samples] = Recorded(lambda x: self.run(x, samples), inputs, self._pool)
         return record(inputs)
 
 

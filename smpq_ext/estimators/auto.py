@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from smpq_ext.core import Attribution, Game
-from smpq_ext.estimators import gaussian, leverage, odd
+from smpq_ext.estimators import leverage, odd
 from smpq_ext.estimators.control import Control
 from smpq_ext.estimators.exact import MOST_PLAYERS, Exact
 from smpq_ext.estimators.gaussian import Gaussian
@@ -16,16 +16,17 @@ from smpq_ext.estimators.leverage import ask_pairs, jackknife
 
 __all__ = ["Auto"]
 
-CLEAR = 0.95  # of what 'leverage' misses: where another misses less
+FEW = 8  # evaluations for each player
+CLEAR = 0.95  # of what 'leverage' misses: where 'odd' misses less
 
 
 @dataclass(frozen=True)
 class Auto:
     """All coalitions where the budget pays for them; 'control' where the game has parts or derivatives; else pairs.
 
-    Below 4 x players + 2 evaluations these are those of 'gaussian'. From there on 'leverage', 'odd' and 'gaussian' are
-    fitted to the same pairs, and the one is taken that predicts pairs that it has not seen best; not 'leverage' only by
-    a twentieth: where the game is noise beyond single players no other does, and it has no bias. `reason` of an
+    Below 8 x players evaluations these are those of 'gaussian'. From there on the regressions 'leverage' and 'odd'
+    are fitted to the same pairs, and the second is taken where it predicts pairs that it has not seen better by a
+    twentieth; where the game is noise beyond single players it does not, and the first has no bias. `reason` of an
     attribution says which, and why. `batch` is about how many coalitions are asked at once.
 
     Raises SmpqError where the budget is too small for what it takes. Source: those of the estimators that it takes.
@@ -43,21 +44,19 @@ class Auto:
         if hasattr(game, "derivatives") or hasattr(game, "parts"):
             yield from Control(batch=self.batch).steps(game, budget, rng)
             return
-        if budget < 4 * players + 2:
+        if budget < FEW * players:
             for found in Gaussian(self.batch).steps(game, budget, rng):
                 yield replace(
-                    found, reason=f"gaussian: {budget} evaluations are fewer than 4 for each of {players} players"
+                    found, reason=f"gaussian: {budget} evaluations are fewer than {FEW} for each of {players} players"
                 )
             return
         for drawn in ask_pairs("pairs", game, budget, 2 * players, self.batch, rng):
-            process, deviation = gaussian.fit(drawn)
-            fits = {"leverage": leverage.fit(drawn), "odd": odd.fit([drawn]), "gaussian": process}
+            fits = {"leverage": leverage.fit(drawn), "odd": odd.fit([drawn])}
             power = float(np.mean(drawn.gaps**2)) or 1.0
             missed = {name: float(np.mean(found.left_out**2)) / power for name, found in fits.items()}
             missed = {name: np.inf if np.isnan(share) else share for name, share in missed.items()}
-            order = sorted(fits, key=lambda name: missed[name] * (CLEAR if name == "leverage" else 1))
-            best = fits[order[0]]
-            shares = (f"{name} {missed[name]:.2%}" for name in order[1:])
-            reason = f"{order[0]}: of pairs left out it misses {missed[order[0]]:.2%}, {', '.join(shares)}"
-            errors = deviation if order[0] == "gaussian" else jackknife(best)
+            first, second = ("odd", "leverage") if missed["odd"] < CLEAR * missed["leverage"] else ("leverage", "odd")
+            best = fits[first]
+            reason = f"{first}: of pairs left out it misses {missed[first]:.2%}, {second} {missed[second]:.2%}"
+            errors = jackknife(best)
             yield Attribution(best.values, errors, drawn.evaluations, reason)

@@ -14,8 +14,7 @@ from scipy.linalg import cho_solve
 from scipy.stats import hypergeom
 
 from smpq_ext.core import Attribution, Game, Values
-from smpq_ext.estimators import leverage
-from smpq_ext.estimators.leverage import Drawn, Fit, ask_pairs, draw_pairs
+from smpq_ext.estimators.leverage import Drawn, ask_pairs, draw_pairs, fit
 from smpq_ext.estimators.odd import END, factored, likelihood
 
 __all__ = ["Gaussian"]
@@ -47,10 +46,10 @@ class Gaussian:
         least = game.players // 2 + 1
         for drawn in ask_pairs("a Gaussian process", game, budget, least, self.batch, rng, _order):
             if len(drawn.gaps) < sum(drawn.population):
-                found, deviation = fit(drawn)
-                yield Attribution(found.values, deviation, drawn.evaluations)
-            else:  # exact
-                yield Attribution(leverage.fit(drawn).values, np.zeros(game.players), drawn.evaluations)
+                found = _posterior(drawn)
+            else:
+                found = fit(drawn).values, np.zeros(game.players)  # all pairs: exact
+            yield Attribution(*found, drawn.evaluations)
 
 
 def _order(players: int, pairs: list[int], rng: np.random.Generator) -> Iterator[NDArray[np.bool_]]:
@@ -71,8 +70,8 @@ def _order(players: int, pairs: list[int], rng: np.random.Generator) -> Iterator
             yield row
 
 
-def fit(drawn: Drawn) -> tuple[Fit, Values]:
-    """The regression of the gaps of pairs, and of all against none; posterior deviations of the values [players]."""
+def _posterior(drawn: Drawn) -> tuple[Values, Values]:
+    """Mean and deviation [players] given the gaps of the pairs, and that of all against none."""
     coalitions, gaps, total = drawn.coalitions, drawn.gaps, drawn.total
     players = coalitions.shape[1]
     rows = np.concatenate([coalitions, np.ones((1, players), np.bool_)])
@@ -90,25 +89,15 @@ def fit(drawn: Drawn) -> tuple[Fit, Values]:
 
     kernel = _kernel(inner, players, share, agreement)
     factor, noise = factored(lambda noise: kernel + np.diag(noise * jitter), noise)
-    inverse = cho_solve((factor, True), np.eye(len(targets)))
-    dual = inverse @ targets
+    dual = cho_solve((factor, True), targets)
     size = rows.sum(axis=1)
     shared = np.array([_share(players, int(s), agreement) for s in size])  # [pairs, 2]: of players outside and inside
     cross = (1 - share) / players * signs + share * np.where(rows, shared[:, 1:], shared[:, :1])
-    solve = cross.T @ inverse
-    values = solve @ targets
+    values = cross.T @ dual
     prior = (1 - share) / players + share * _prior(players, agreement)
-    explained = np.einsum("ip,pi->i", solve, cross)
+    explained = np.einsum("pi,pi->i", cross, cho_solve((factor, True), cross))
     scale = float(targets @ dual) / len(targets)
-    found = Fit(
-        values=values + (total - values.sum()) / players,
-        residuals=(noise * jitter * dual)[:-1],
-        left_out=(dual / np.diag(inverse))[:-1],
-        solve=solve[:, :-1],
-        seen=drawn.seen,
-        besides=np.zeros(players),
-    )
-    return found, np.sqrt(scale * np.maximum(prior - explained, 0))
+    return values + (total - values.sum()) / players, np.sqrt(scale * np.maximum(prior - explained, 0))
 
 
 def _kernel(inner: NDArray[np.float64], players: int, share: float, agreement: float) -> NDArray[np.float64]:

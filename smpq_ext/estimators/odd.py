@@ -34,10 +34,9 @@ class Odd:
     Shapley values depend on the odd part of a game alone, and there a parity is shared equally by its players. The
     kernel of all triples is a polynomial of the inner product of two coalitions' signs, so thousands of them cost
     nothing, and how much they and the noise may explain is what is likeliest. Exact for games of order two, and for
-    those of order four once there are enough pairs; else drawn towards 0 by the ridge, which pays from 1.25 x players
-    evaluations on. A pair that was drawn stands for itself, so sizes that are enumerated are exact. Pairs are drawn as
-    by 'leverage'; standard errors are delete-one jackknife errors over them. `batch` is about how many coalitions are
-    asked at once.
+    those of order four once there are enough pairs; else drawn towards 0 by the ridge. A pair that was drawn stands for
+    itself, so sizes that are enumerated are exact. Pairs are drawn as by 'leverage'; standard errors are delete-one
+    jackknife errors over them. `batch` is about how many coalitions are asked at once.
 
     Raises SmpqError where the budget pays for fewer than players pairs (or all, if there are fewer). Source: Fumagalli,
     Butler, Kang, Ramchandran, Witter, An odd estimator for Shapley values (arXiv 2602.01399), here with every triple in

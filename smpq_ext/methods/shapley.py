@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from inspect import signature
@@ -310,8 +311,8 @@ def missed_share(losses: tuple[Values, Values], predicted: tuple[Values, Values]
     total = float(np.cov(*losses)[0, 1])
     if total <= 1e-12 * float(np.mean(losses[0] ** 2)):
         return 0.0, 0.0  # the loss is the same everywhere, as far as both parts can tell
-    # Two coefficients were fitted.
-    return float(products.sum()) / (count - 2) / total, float(products.std(ddof=1)) / np.sqrt(count) / total
+    free = count - 2  # two coefficients were fitted
+    return float(products.sum()) / free / total, float(products.std(ddof=1)) * np.sqrt(count) / free / total
 
 
 def _combine(search: Scores, apart: Scores, share: float) -> Scores:
@@ -335,4 +336,6 @@ def _confirm(plan: Assignments, finalists: Assignments, search: Evaluator, apart
     said = f"loss {mean:+.4f} ± {error:.4f} on samples kept apart"
     if mean < -error:
         return rows[best], f"another plan is confirmed, {said}"
+    if math.isinf(error):
+        return plan, "no other plan can be confirmed: the samples kept apart are one group, give more, in more batches"
     return plan, f"no other plan is confirmed, the best has {said}"

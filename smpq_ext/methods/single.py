@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,8 +75,8 @@ def score_singles(problem: Problem, evaluator: Evaluator) -> Scores:
 
 
 def standard_error(by_group: NDArray[np.float64], shares: NDArray[np.float64]) -> float:
-    """Standard error of the weighted mean of a value known for each group of samples, [groups]; 0 for one group."""
+    """Standard error of the weighted mean of a value known for each group of samples, [groups]; infinite for one."""
     if len(shares) < 2:
-        return 0.0
+        return math.inf
     deviation = by_group - by_group @ shares
     return float(np.sqrt((shares**2 * deviation**2).sum() * len(shares) / (len(shares) - 1)))
