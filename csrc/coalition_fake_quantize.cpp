@@ -27,7 +27,7 @@ Tensor new_rows(const Tensor& x, const Tensor& row, int64_t n) {
   }
   const Tensor y = torch::stable::new_empty(x, size);
   std::array<StableIValue, 2> stack{torch::stable::detail::from(y), torch::stable::detail::from(restore)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::permute", "", stack.data(), TORCH_ABI_VERSION));
+  succeeds(torch_call_dispatcher("aten::permute", "", stack.data(), TORCH_ABI_VERSION), "a permuted tensor");
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

@@ -42,6 +42,11 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
+// A call of torch's C functions; what torch's own macro for it is called differs between its versions.
+inline void succeeds(AOTITorchError code, const char* what) {
+  SMPQ_CHECK(code == AOTI_TORCH_SUCCESS, "smpq_ext: torch fails to give ", what);
+}
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -177,7 +182,7 @@ void launch([[maybe_unused]] const Tensor& x, [[maybe_unused]] OnDevice&& on_dev
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     void* stream = nullptr;
     SMPQ_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "smpq_ext: this build of torch has no CUDA");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    succeeds(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream), "the current stream");
     on_device(stream);
 #endif
   } else if (units > 0) {
