@@ -183,7 +183,7 @@ def seconds_of_b2(ev: TorchEvaluator, game: IntervalGame) -> float:
 def measure(name: str, estimators: Sequence[str], seeds: int, most: float) -> list[dict[str, Any]]:
     """A row for every estimator and budget."""
     kind = GAMES[name]
-    about, commit = {"game": name}, facts()["commit"]
+    machine = facts()
     if isinstance(kind, int):
         game: Any = Synthetic(kind)
         exact, own_error, b2, fisher = game.shapley, 0.0, None, None
@@ -214,8 +214,8 @@ def measure(name: str, estimators: Sequence[str], seeds: int, most: float) -> li
             errors = [float(((f.values - exact) ** 2).sum() / (exact**2).sum()) for f in found]
             m = float(np.mean([f.evaluations for f in found]))
             rows.append(
-                about
-                | {
+                {
+                    "game": name,
                     "n": game.players,
                     "estimator": arm,
                     "budget": f"{times} n",
@@ -227,7 +227,8 @@ def measure(name: str, estimators: Sequence[str], seeds: int, most: float) -> li
                     "B2 seconds": None if b2 is None else b2 * m,
                     "truth": own_error,
                     "Fisher seconds": fisher,
-                    "commit": commit,
+                    "processor": machine["processor"],
+                    "commit": machine["commit"],
                 }
             )
             print(rows[-1], flush=True)
@@ -321,7 +322,7 @@ def main() -> None:
 
 
 def save(rows: Sequence[dict[str, Any]], seeds: int) -> None:
-    """Into the table that is kept, in place of the rows of these games and estimators: all of it takes an hour."""
+    """Into the table that is kept, in place of the rows of these games and estimators: all of it takes hours."""
     kept, fresh = RESULTS / "sampling.json", {(row["game"], row["estimator"]) for row in rows}
     known = json.loads(kept.read_text())["rows"] if kept.exists() else []
     table = [row for row in known if (row["game"], row["estimator"]) not in fresh] + list(rows)
