@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -423,6 +424,38 @@ def test_kl_is_zero_for_the_float_model_and_the_mean_over_positions() -> None:
     assert -low == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
 
 
+def weighted(weights: np.ndarray) -> Any:
+    return lambda out, y: F.cross_entropy(out, y, weight=torch.as_tensor(weights, dtype=torch.float32))
+
+
+def scaled(out: Tensor, y: Tensor, by: SimpleNamespace) -> Tensor:
+    return float(by.a) * F.cross_entropy(out, y)
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, out: Tensor, y: Tensor) -> Tensor:
+        return self.factor * F.cross_entropy(out, y)
+
+
+STRETCH = 1.0
+
+
+class Stretched(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return STRETCH * super().forward(x)
+
+
+def test_what_a_forward_reads_from_its_module_changes_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (_, data) = Stretched(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, CLASSES)), build("Shared", 0)
+    first = smpq_ext.evaluator(model, data, bits=BITS)
+    monkeypatch.setitem(Stretched.forward.__globals__, "STRETCH", 1.5)
+    assert smpq_ext.evaluator(model, data, bits=BITS).fingerprint != first.fingerprint
+
+
 def test_fingerprints_and_the_parts_that_change_them(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = build("Branches", 0)
     make = partial(smpq_ext.evaluator, bits=BITS)
@@ -453,6 +486,13 @@ def test_fingerprints_and_the_parts_that_change_them(monkeypatch: pytest.MonkeyP
         ("loss", make(model, data, loss=partial(F.cross_entropy, label_smoothing=0.1))),
         ("loss", make(model, data, loss=partial(F.cross_entropy, label_smoothing=0.2))),
         ("loss", make(model, data, loss=nn.CrossEntropyLoss())),
+        ("loss", make(model, data, loss=nn.CrossEntropyLoss(label_smoothing=0.1))),
+        *(("loss", make(model, data, loss=weighted(weights))) for weights in (np.ones(CLASSES), np.arange(CLASSES))),
+        *(("loss", make(model, data, loss=Scaled(factor))) for factor in (1.0, 2.0)),
+        *(("loss", make(model, data, loss=lambda out, y, c=c: c(out, y))) for c in (Scaled(3.0), Scaled(4.0))),
+        *(("loss", make(model, data, loss=partial(scaled, by=SimpleNamespace(a=a)))) for a in (1, np.float32(2))),
+        ("model", make(changed(lambda m: setattr(m, "table", {"a": np.zeros(2)})), data)),
+        ("model", make(changed(lambda m: setattr(m, "table", {"a": np.ones(2)})), data)),
         ("options", make(model, data, renormalize=False)),
         ("options", make(model, data, bits=(2, 3))),
         ("options", make(model, data, activation_bits=(4, 8))),

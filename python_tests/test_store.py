@@ -246,7 +246,20 @@ class TestRecorded:
             # in another order and one by one: a value does not depend on the company it was asked in
             assert np.concatenate([again(row[None]) for row in rows[::-1]])[::-1].tobytes() == values[0].tobytes()
             assert again(mixtures).tobytes() == values[1].tobytes()
-        assert evaluator.requests == [] and again.computed == 0
+        assert len(evaluator.requests) == 1 and again.computed == 0  # one row is asked to see whether it is the same
+
+    def test_a_study_whose_values_have_changed_is_refused(self):
+        store = MemoryStore()
+        _, memory = recorded(store)
+        memory(np.array([[0, 0, 0], [2, 1, 2]], np.int8))
+        for factor, same in ((1.0001, True), (1.01, False)):
+            other = FakeEvaluator(SPACE, DAMAGE)
+            other.by_group = lambda m, factor=factor, ask=other.by_group: factor * ask(m)
+            if same:
+                assert Recorded(other, store)(np.array([[2, 1, 2]], np.int8)) == memory(np.array([[2, 1, 2]], np.int8))
+            else:
+                with pytest.raises(SmpqError, match=r"store: .* has .* now; .*the fingerprint does not see"):
+                    Recorded(other, store)
 
     def test_each_batch_is_stored_before_the_next_is_asked(self):
         store = MemoryStore()

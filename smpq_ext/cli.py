@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -238,6 +239,8 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"model: its forward fails in {layer} ({what}); do the data fit it? --debug shows the traceback", 2
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}", 2
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"disk: {error.strerror}; what was evaluated is kept in the store: free some, and run it again", 2
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"memory: it is used up ({what}); give fewer --samples, or smaller ones", 2
     return f"internal error ({what}); please report it with what --debug shows", 1

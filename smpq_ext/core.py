@@ -254,6 +254,8 @@ class Grid:
                 "scale, zero_point: one number each, or one for every channel along axis, "
                 f"not {self.scale.shape} and {self.zero_point.shape} with axis {self.axis}"
             )
+        if not (np.isfinite(self.scale) & (self.scale >= 0) & np.isfinite(self.zero_point)).all():
+            raise ValueError("scale, zero_point: finite numbers, and no scale below 0")
         if not -(1 << 16) <= self.quant_min < self.quant_max <= (1 << 16):
             raise ValueError(
                 f"quant_min, quant_max: ascending codes of at most 16 bits, not {self.quant_min} and {self.quant_max}"
@@ -279,6 +281,8 @@ class Plan:
             if mean.ndim != 1 or mean.shape != variance.shape:
                 shapes = f"{mean.shape} and {variance.shape}"
                 raise ValueError(f"statistics of {reprlib.repr(name)}: mean and variance by channel, not {shapes}")
+            if (variance < 0).any():
+                raise ValueError(f"statistics of {reprlib.repr(name)}: a variance is not negative")
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from smpq_ext.core import Assignments, Evaluator, Mixtures, SmpqError, Store, Values
 
 SCHEMA = 2
+SAME, SAME_ZERO = 4e-3, 1e-5  # share of a value by which rounding on another machine may move it, and of one near 0
 
 
 class SqliteStore:
@@ -141,7 +142,7 @@ class Recorded:
     inner evaluator had to answer, those of parts by their share of the samples.
 
     Raises SmpqError naming the row whose value is not finite: it is not stored, the others of its batch are, where the
-    inner evaluator tells them.
+    inner evaluator tells them; and where a row that the store knows has another value now.
     """
 
     def __init__(self, evaluator: Evaluator, store: Store) -> None:
@@ -157,6 +158,23 @@ class Recorded:
         # as bytes, which Python keeps by themselves: arrays would lie between the blocks of forwards, and fray the heap
         self._known = {key: groups.tobytes() for key, groups in store.read(self.fingerprint).items()}
         self._derivatives: dict[bytes, NDArray[np.float64]] | None = None  # as known, once they are asked
+        self._check()
+
+    def _check(self) -> None:
+        """Ask for the assignment of the highest widths that is known once more: no fingerprint sees everything."""
+        known = [key for key in self._known if key[:1] == b"a"]
+        if not known:
+            return
+        key = max(known, key=lambda key: sum(key[1:]))
+        row = np.frombuffer(key[1:], np.int8)[None]
+        before = float(np.frombuffer(self._known[key]) @ self.groups)
+        now = float(np.asarray(self.evaluator.by_group(row), np.float64)[0] @ self.groups)
+        if not abs(now - before) <= SAME * abs(before) + SAME_ZERO:
+            raise SmpqError(
+                f"store: an assignment whose value it has as {before:.6g} has {now:.6g} now; something has changed "
+                "that the fingerprint does not see, such as what the model or the loss reads from elsewhere, or the "
+                "loss is random; give another store"
+            )
 
     @property
     def asked(self) -> int:

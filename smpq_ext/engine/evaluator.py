@@ -521,14 +521,11 @@ class TorchEvaluator:
     def _model_digests(self, loss: str) -> dict[str, str]:
         """What tells this study from others, but for the data: part to sha256."""
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        modules = dict(self.model.named_modules())
-        state = [(name, type(m).__qualname__, m.extra_repr(), losses.settings(m)) for name, m in modules.items()]
-        code = sorted({losses.source(type(m)) for m in modules.values()})
         lockstep = self._executor.lockstep
         path = "swap" if lockstep is None else (lockstep.paths(), sorted(lockstep.attentions))
         tables = [(name, g.scale, g.zero_point, g.quant_min, g.quant_max) for name, g in self.slot_grids.items()]
         return {
-            "model": _digest(state, code),
+            "model": _digest(losses.code_of(self.model)),
             "weights": samples.digest([list(tensors), list(tensors.values())]),
             "loss": _digest(loss),
             "options": _digest(self.space, self.renormalize),

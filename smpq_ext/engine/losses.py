@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,7 +18,10 @@ from smpq_ext.core import SmpqError
 from smpq_ext.engine.samples import Batch
 
 Loss = Callable[[Any, Any], Tensor]
-PLAIN = (bool, int, float, complex, str, bytes, tuple, list, type(None))
+PLAIN = (
+    *(bool, int, float, complex, str, bytes, type(None), tuple, list, dict),
+    *(np.generic, np.ndarray, Tensor, SimpleNamespace),
+)
 OWN = "or give loss=, a function of (outputs, targets) that returns a scalar tensor"
 
 
@@ -131,12 +137,13 @@ def identity(loss: Any, above: tuple[Any, ...] = ()) -> str:
     if isinstance(loss, functools.partial):
         return f"partial({identity(loss.func, above)}, {_plain(loss.args, above)}, {_plain(loss.keywords, above)})"
     if isinstance(loss, nn.Module):
-        state = [(name, value.tolist()) for name, value in loss.state_dict().items()]
-        return f"{type(loss).__module__}.{loss!r} {state}"
+        state = [(name, _plain(value)) for name, value in loss.state_dict().items()]
+        return f"{type(loss).__module__}.{loss!r} {state}\n{code_of(loss)}"
     if inspect.ismethod(loss):
         return f"{identity(loss.__func__, above)} of {_plain(getattr(loss.__self__, '__dict__', None), above)}"
     if not inspect.isroutine(loss):
-        return f"{type(loss).__module__}.{type(loss).__qualname__} {_plain(getattr(loss, '__dict__', None), above)}"
+        name = f"{type(loss).__module__}.{type(loss).__qualname__}"
+        return f"{name} {source(type(loss))} {_plain(getattr(loss, '__dict__', None), above)}"
     name = f"{loss.__module__}.{loss.__qualname__}"
     if not inspect.isfunction(loss) or loss.__module__.partition(".")[0] == "torch" or loss in above:
         return name
@@ -156,9 +163,24 @@ def source(code: Any) -> str:
         return f"{code.__module__}.{code.__qualname__}"
 
 
+def code_of(module: nn.Module) -> str:
+    """What the modules inside, but for torch's, do: classes, the values they were given, and what forward uses."""
+    told = []
+    for name, m in module.named_modules():
+        told.append(f"{name} {type(m).__qualname__} {m.extra_repr()} {settings(m)}")
+        if not _is_torchs(type(m)):
+            told += [source(c) for c in type(m).__mro__ if not _is_torchs(c)]
+            told.append(identity(type(m).forward))
+    return "\n".join(dict.fromkeys(told))
+
+
 def settings(module: nn.Module) -> str:
     """The plain values that a module was given as attributes, such as a factor in its forward."""
     return _plain({k: v for k, v in vars(module).items() if not k.startswith("_") and isinstance(v, PLAIN)})
+
+
+def _is_torchs(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in ("torch", "builtins")
 
 
 def _plain(value: Any, above: tuple[Any, ...] = ()) -> str:
@@ -167,9 +189,14 @@ def _plain(value: Any, above: tuple[Any, ...] = ()) -> str:
         return "{" + ", ".join(f"{_plain(k, above)}: {_plain(v, above)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "(" + ", ".join(_plain(v, above) for v in value) + ")"
-    if isinstance(value, Tensor):
-        return f"tensor({value.tolist()})"
-    if inspect.isroutine(value):
+    if isinstance(value, SimpleNamespace):
+        return _plain(vars(value), above)
+    if isinstance(value, Tensor | np.ndarray):
+        numbers = value.detach().cpu().tolist() if isinstance(value, Tensor) else value.tolist()
+        return f"{value.dtype} {hashlib.sha256(repr(numbers).encode()).hexdigest()}"
+    if isinstance(value, np.generic):
+        return f"{value.dtype} {value.item()!r}"
+    if isinstance(value, nn.Module) or inspect.isroutine(value):
         return identity(value, above)
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return repr(value)

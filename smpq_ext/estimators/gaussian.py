@@ -22,6 +22,7 @@ __all__ = ["Gaussian"]
 SHARES = (0.0, 0.05, 0.2, 0.5, 0.9)  # of the prior variance that is not additive
 AGREEMENTS = (0.5, 0.8, 0.95)  # correlation of what is not additive where two coalitions differ in a player
 NOISES = (1e-10, 1e-4, 1e-2)
+DOUBT = 0.2  # least of these where pairs are few
 CHOOSE = 300  # so many pairs tell which of them it is
 
 
@@ -81,7 +82,9 @@ def _posterior(drawn: Drawn) -> tuple[Values, Values]:
     jitter = np.append(np.ones(len(gaps)), END)
     best = (-np.inf, 0.0, AGREEMENTS[0], NOISES[0])
     some = np.append(np.arange(min(CHOOSE, len(gaps))), len(gaps))
-    for share, agreement, noise in product(SHARES, AGREEMENTS, NOISES):
+    # fewer pairs than players cannot tell that a game is additive, and would be believed
+    shares = [share for share in SHARES if share >= DOUBT or len(gaps) >= players]
+    for share, agreement, noise in product(shares, AGREEMENTS, NOISES):
         if share or agreement == AGREEMENTS[0]:
             kernel = _kernel(inner[np.ix_(some, some)], players, share, agreement) + np.diag(noise * jitter[some])
             best = max(best, (likelihood(kernel, targets[some]), share, agreement, noise))

@@ -45,10 +45,16 @@ class Permutation:
 
 
 def standard_error(found: NDArray[np.float64]) -> Values:
-    """Of the mean of independent estimates [runs, players]; of few, it is widened by Student's factor at 95 %."""
+    """Of the mean of independent estimates [runs, players]; of few, it is widened by Student's factor at 95 %.
+
+    Where all estimates of a player agree, but not at 0, they may by chance: it gets the spread of the others.
+    """
     runs = len(found)
     student = float(stdtrit(runs - 1, 0.975) / stdtrit(np.inf, 0.975))
-    return np.asarray(student * found.std(axis=0, ddof=1) / np.sqrt(runs), np.float64)
+    spread = found.std(axis=0, ddof=1)
+    pooled = np.sqrt((spread**2).mean())
+    spread = np.where((np.ptp(found, axis=0) == 0) & (found[0] != 0), pooled, spread)
+    return np.asarray(student * spread / np.sqrt(runs), np.float64)
 
 
 def marginals(game: Game, ranks: NDArray[np.int64], ends: Values) -> NDArray[np.float64]:

@@ -20,8 +20,11 @@ class Table:
     words: bool = False
 
     def text(self, most: int | None = None) -> str:
-        """The table in columns of equal width; beyond `most` rows its middle is left out, and said to be."""
-        rows = list(self.rows)
+        """The table in columns of equal width, what a terminal might obey as "?".
+
+        Beyond `most` rows its middle is left out, and said to be.
+        """
+        rows = [tuple("".join(c if c.isprintable() else "?" for c in cell) for cell in row) for row in self.rows]
         if most is not None and len(rows) > most:
             gone = len(rows) - most
             rows[most // 2 : most // 2 + gone] = [(f"... {gone} more", *[""] * (len(self.columns) - 1))]
