@@ -451,9 +451,9 @@ class Stretched(nn.Sequential):
 
 def test_what_a_forward_reads_from_its_module_changes_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (_, data) = Stretched(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, CLASSES)), build("Shared", 0)
-    first = smpq_ext.evaluator(model, data, bits=BITS)
+    first = smpq_ext.evaluator(model, data, bits=BITS, fixed={})
     monkeypatch.setitem(Stretched.forward.__globals__, "STRETCH", 1.5)
-    assert smpq_ext.evaluator(model, data, bits=BITS).fingerprint != first.fingerprint
+    assert smpq_ext.evaluator(model, data, bits=BITS, fixed={}).fingerprint != first.fingerprint
 
 
 def test_fingerprints_and_the_parts_that_change_them(monkeypatch: pytest.MonkeyPatch) -> None:
