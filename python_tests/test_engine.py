@@ -442,15 +442,17 @@ class Scaled(nn.Module):
 
 
 STRETCH = 1.0
+THE_MODEL: list[nn.Module] = []  # that its own forward looks at
 
 
 class Stretched(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
-        return STRETCH * super().forward(x)
+        return (STRETCH if THE_MODEL is not None else 0.0) * super().forward(x)
 
 
 def test_what_a_forward_reads_from_its_module_changes_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (_, data) = Stretched(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, CLASSES)), build("Shared", 0)
+    monkeypatch.setitem(Stretched.forward.__globals__, "THE_MODEL", [model])
     first = smpq_ext.evaluator(model, data, bits=BITS, fixed={})
     monkeypatch.setitem(Stretched.forward.__globals__, "STRETCH", 1.5)
     assert smpq_ext.evaluator(model, data, bits=BITS, fixed={}).fingerprint != first.fingerprint

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dis
 import functools
-import hashlib
 import inspect
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smpq_ext.core import SmpqError
-from smpq_ext.engine.samples import Batch
+from smpq_ext.engine.samples import Batch, digest
 
 Loss = Callable[[Any, Any], Tensor]
 PLAIN = (
@@ -132,24 +132,27 @@ def choose(loss: Loss | str | None, batches: tuple[Batch, ...]) -> Loss:
 def identity(loss: Any, above: tuple[Any, ...] = ()) -> str:
     """What tells this loss from another: its name, source (or bytecode), and the plain values it was bound to.
 
-    above: functions whose identity is being told, and that are left out where one calls another in a circle.
+    above: functions and modules whose identity is being told; where one uses another in a circle, its name does.
     """
     if isinstance(loss, functools.partial):
         return f"partial({identity(loss.func, above)}, {_plain(loss.args, above)}, {_plain(loss.keywords, above)})"
     if isinstance(loss, nn.Module):
-        state = [(name, _plain(value)) for name, value in loss.state_dict().items()]
-        return f"{type(loss).__module__}.{loss!r} {state}\n{code_of(loss)}"
+        name = f"{type(loss).__module__}.{type(loss).__qualname__}"
+        if any(loss is a for a in above):
+            return name
+        return f"{name} {digest([loss.state_dict()])}\n{code_of(loss, above)}"
     if inspect.ismethod(loss):
         return f"{identity(loss.__func__, above)} of {_plain(getattr(loss.__self__, '__dict__', None), above)}"
     if not inspect.isroutine(loss):
         name = f"{type(loss).__module__}.{type(loss).__qualname__}"
         return f"{name} {source(type(loss))} {_plain(getattr(loss, '__dict__', None), above)}"
     name = f"{loss.__module__}.{loss.__qualname__}"
-    if not inspect.isfunction(loss) or loss.__module__.partition(".")[0] == "torch" or loss in above:
+    if not inspect.isfunction(loss) or loss.__module__.partition(".")[0] == "torch" or any(loss is a for a in above):
         return name
     code, above = loss.__code__, (*above, loss)
     cells = [cell.cell_contents for cell in loss.__closure__ or ()]
-    names = {n: loss.__globals__[n] for n in code.co_names if n in loss.__globals__}
+    used = dict.fromkeys(i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL")
+    names = {n: loss.__globals__[n] for n in used if n in loss.__globals__}
     values = (cells, loss.__defaults__, loss.__kwdefaults__, names)
     bound = "".join(_plain(value, above) for value in values)
     return f"{name}\n{source(loss)}\n{code.co_code.hex()} {_plain(code.co_consts)} {code.co_names}\n{bound}"
@@ -163,14 +166,14 @@ def source(code: Any) -> str:
         return f"{code.__module__}.{code.__qualname__}"
 
 
-def code_of(module: nn.Module) -> str:
+def code_of(module: nn.Module, above: tuple[Any, ...] = ()) -> str:
     """What the modules inside, but for torch's, do: classes, the values they were given, and what forward uses."""
-    told = []
+    told, above = [], (*above, module)
     for name, m in module.named_modules():
         told.append(f"{name} {type(m).__qualname__} {m.extra_repr()} {settings(m)}")
         if not _is_torchs(type(m)):
             told += [source(c) for c in type(m).__mro__ if not _is_torchs(c)]
-            told.append(identity(type(m).forward))
+            told.append(identity(type(m).forward, above))
     return "\n".join(dict.fromkeys(told))
 
 
@@ -192,8 +195,7 @@ def _plain(value: Any, above: tuple[Any, ...] = ()) -> str:
     if isinstance(value, SimpleNamespace):
         return _plain(vars(value), above)
     if isinstance(value, Tensor | np.ndarray):
-        numbers = value.detach().cpu().tolist() if isinstance(value, Tensor) else value.tolist()
-        return f"{value.dtype} {hashlib.sha256(repr(numbers).encode()).hexdigest()}"
+        return digest([value if isinstance(value, Tensor) else (str(value.dtype), value.tolist())])
     if isinstance(value, np.generic):
         return f"{value.dtype} {value.item()!r}"
     if isinstance(value, nn.Module) or inspect.isroutine(value):
