@@ -51,6 +51,11 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
+def note_of(doc: str | None) -> str:
+    """What a script's docstring says of its table: all before the command that makes it."""
+    return " ".join((doc or "").partition("    python")[0].split())
+
+
 def save_table(name: str, rows: Sequence[Row], note: str = "", folder: Path = RESULTS) -> None:
     """Write the rows with the facts of this run to <folder>/<name>.json and .md; the note goes above the table."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ import smpq_ext
 from benchmarks import data, models, search_resnet20, search_stories
 from benchmarks.bench_engine import BITS, THREADS
 from benchmarks.comparison import Cells, compare, judge_accuracy, summary
-from benchmarks.environment import save_table
+from benchmarks.environment import note_of, save_table
 from benchmarks.timing import keep_freed_memory
 from smpq_ext.budget import parse
 from smpq_ext.core import Problem
@@ -199,7 +199,7 @@ def main() -> None:
         for model in ("ResNet-20, kept", "MobileNet v1"):
             table.append(of_supernet(model))
             print(table[-1], flush=True)
-        save_table("interactions", table, " ".join((__doc__ or "").partition("    python")[0].split()))
+        save_table("interactions", table, note_of(__doc__))
     if given.only != "missed":
         note = (
             "What evaluations beyond single-slot scores bought on held-out data: searches at 2.5 bits as in "

@@ -16,7 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.bench_engine import CASES, GAMES, THREADS, distinct_rows, evaluators
-from benchmarks.environment import save_table
+from benchmarks.environment import note_of, save_table
 from benchmarks.timing import keep_freed_memory, seconds
 
 ROUNDS, SHOWN, SIZE = 3, 5, 2048
@@ -61,7 +61,7 @@ def main() -> None:
     for model, game in CASES:
         table.append(measure(model, game))
         print(table[-1], flush=True)
-    save_table("profile_engine", table, " ".join((__doc__ or "").partition("    python")[0].split()))
+    save_table("profile_engine", table, note_of(__doc__))
 
 
 if __name__ == "__main__":

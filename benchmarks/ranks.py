@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.environment import save_table
+from benchmarks.environment import note_of, save_table
 from benchmarks.timing import seconds
 from smpq_ext import distributed
 from smpq_ext.core import Evaluator
@@ -80,7 +80,7 @@ def main() -> None:
         ).stdout
         table += json.loads(out.splitlines()[-1])
         print(out.splitlines()[-1], flush=True)
-    save_table("ranks", table, " ".join((__doc__ or "").partition("    python")[0].split()))
+    save_table("ranks", table, note_of(__doc__))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ import smpq_ext
 from benchmarks import data, models
 from benchmarks.baselines import Baseline
 from benchmarks.bench_engine import BITS, THREADS, evaluators
-from benchmarks.environment import RESULTS, facts, save_table
+from benchmarks.environment import RESULTS, facts, note_of, save_table
 from benchmarks.timing import keep_freed_memory, seconds
 from smpq_ext import registry
 from smpq_ext.core import Attribution, Coalitions, Game, TooFew, Values
@@ -328,7 +328,7 @@ def save(rows: Sequence[dict[str, Any]], seeds: int) -> None:
     table = [row for row in known if (row["game"], row["estimator"]) not in fresh] + list(rows)
     order = [(game, arm) for game in GAMES for arm in dict.fromkeys(row["estimator"] for row in table)]
     table.sort(key=lambda row: (order.index((row["game"], row["estimator"])), row["m"]))
-    note = " ".join((__doc__ or "").partition("    python")[0].split())
+    note = note_of(__doc__)
     save_table("sampling", table, f"{note} {seeds} seeds.")
     save_table(
         "sampling_goal",

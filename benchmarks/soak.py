@@ -24,7 +24,7 @@ import torch
 import smpq_ext
 from benchmarks import data, models
 from benchmarks.bench_engine import BITS, THREADS
-from benchmarks.environment import save_table
+from benchmarks.environment import note_of, save_table
 from smpq_ext.store import MemoryStore, Recorded, SqliteStore
 
 WARM, EVERY = 200, 200  # evaluations
@@ -70,7 +70,7 @@ def main() -> None:
         rows = json.loads(done.stdout)
         warm = next(row["resident"] for row in rows if row["evaluations"] == WARM)
         table += [{"store": arm, **row, "growth, %": 100 * (row["resident"] / warm - 1)} for row in rows]
-    save_table("soak", table, " ".join((__doc__ or "").partition("    python")[0].split()))
+    save_table("soak", table, note_of(__doc__))
 
 
 if __name__ == "__main__":

@@ -21,12 +21,17 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(sides: Mapping[str, Callable[[], object]], rounds: int = 15, warmup: int = 1) -> dict[str, float]:
+def interleaved(
+    sides: Mapping[str, Callable[[], object]],
+    rounds: int = 15,
+    warmup: int = 1,
+    clock: Callable[[Callable[[], object]], float] = seconds,
+) -> dict[str, float]:
     """Median seconds of every side; each round calls all of them, every second round in reverse order."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(warmup + rounds):
         for name in list(sides) if turn % 2 else reversed(list(sides)):
-            elapsed = seconds(sides[name])
+            elapsed = clock(sides[name])
             if turn >= warmup:
                 times[name].append(elapsed)
     return {name: statistics.median(values) for name, values in times.items()}

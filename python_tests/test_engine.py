@@ -627,6 +627,25 @@ def test_a_loss_whose_helpers_call_each_other_has_a_fingerprint() -> None:
     assert ev.fingerprint != smpq_ext.evaluator(model, data, bits=(2, 8)).fingerprint
 
 
+def test_modules_that_know_their_owner_have_a_fingerprint() -> None:
+    model, data = build("Shared", 0)
+    model.first.owner, model.last.others = [model], {"one": model.one, "itself": model.last}
+    ev = smpq_ext.evaluator(model, data, bits=(2, 8))
+    assert len(ev.fingerprint) == 64
+
+
+def test_a_loss_that_has_no_hash_can_be_given() -> None:
+    class Mean:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(outputs, targets)
+
+    model, data = build("Shared", 0)
+    own, plain = (smpq_ext.evaluator(model, data, bits=(2, 8), loss=loss) for loss in (Mean(), None))
+    assert own.float_loss == pytest.approx(plain.float_loss, rel=1e-6)
+
+
 def test_two_losses_of_one_name_are_told_apart() -> None:
     x, y = torch.randn(32, 8), torch.randint(0, 5, (32,))
     torch.manual_seed(0)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import RESULTS, save_table
+from benchmarks.environment import RESULTS, note_of, save_table
 from benchmarks.gpu import engine, ops
 
 
@@ -54,13 +54,11 @@ def main() -> None:
                 row["error"] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             print(row, flush=True)
             table[part].append(row)
-            save_table("gpu", [*first, *table["ops"], *table["engine"]], note())  # a machine may be taken away
+            save_table(
+                "gpu", [*first, *table["ops"], *table["engine"]], note_of(__doc__)
+            )  # a machine may be taken away
     if any("error" in row for rows in table.values() for row in rows):
         raise SystemExit("benchmarks.gpu: some cases failed, see their errors above")
-
-
-def note() -> str:
-    return " ".join((__doc__ or "").partition("    python")[0].split())
 
 
 if __name__ == "__main__":

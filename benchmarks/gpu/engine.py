@@ -18,6 +18,7 @@ from benchmarks import bench_engine, models
 from benchmarks.baselines import Baseline
 from benchmarks.gpu.events import seconds
 from benchmarks.gpu.ops import Case
+from benchmarks.timing import interleaved
 from smpq_ext.engine.evaluator import TorchEvaluator
 
 OURS = "smpq::"  # in the names of our kernels
@@ -104,9 +105,9 @@ def measure(ev: TorchEvaluator, game: str, goals: dict[str, float], products: fl
 
 def _in_turn(ours: Callable[[], object], theirs: Callable[[], object], ev: TorchEvaluator) -> tuple[float, float]:
     """Median seconds of each, after one round that is not counted."""
-    times = [(seconds(ours, ev.device), seconds(theirs, ev.device)) for _ in range(1 + ROUNDS)]
-    first, second = np.median(times[1:], axis=0)
-    return float(first), float(second)
+    clock = functools.partial(seconds, device=ev.device)
+    found = interleaved({"ours": ours, "theirs": theirs}, ROUNDS, 1, clock)
+    return found["ours"], found["theirs"]
 
 
 def _without_replay(ev: TorchEvaluator, coalitions: NDArray[Any]) -> None:

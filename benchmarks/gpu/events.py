@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
+
+from benchmarks.timing import interleaved
 
 Side = Callable[[int], object]  # does the k-th of a row of calls, on operands of its own
 
@@ -27,7 +29,7 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 def medians(sides: Mapping[str, Side], calls: int, device: torch.device, rounds: int = 20) -> dict[str, float]:
     """Median seconds of one call by side, `calls` in a row, launched one by one."""
     rows = {name: _row(side, calls) for name, side in sides.items()}
-    return {name: value / calls for name, value in _medians(rows, device, rounds).items()}
+    return {name: value / calls for name, value in _of_rows(rows, device, rounds).items()}
 
 
 def replayed(sides: Mapping[str, Side], calls: int, device: torch.device, rounds: int = 20) -> dict[str, float]:
@@ -45,8 +47,12 @@ def replayed(sides: Mapping[str, Side], calls: int, device: torch.device, rounds
         graphs[name] = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graphs[name]):
             row()
-    found = _medians({name: graph.replay for name, graph in graphs.items()}, device, rounds)
+    found = _of_rows({name: graph.replay for name, graph in graphs.items()}, device, rounds)
     return {name: value / calls for name, value in found.items()}
+
+
+def _of_rows(rows: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
+    return interleaved(rows, rounds, 3, partial(seconds, device=device))
 
 
 def _row(side: Side, calls: int) -> Callable[[], None]:
@@ -54,13 +60,3 @@ def _row(side: Side, calls: int) -> Callable[[], None]:
         _ = [side(k) for k in range(calls)]  # all results at once: each call writes to memory of its own
 
     return run
-
-
-def _medians(rows: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in rows}
-    for turn in range(rounds + 3):
-        for name in list(rows) if turn % 2 else reversed(list(rows)):
-            elapsed = seconds(rows[name], device)
-            if turn >= 3:
-                times[name].append(elapsed)
-    return {name: statistics.median(values) for name, values in times.items()}

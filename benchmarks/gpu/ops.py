@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.baselines import Fixed
 from benchmarks.gpu.events import Side, medians, replayed
 from benchmarks.models import resnet50
 from smpq_ext import ops
+from smpq_ext.engine.grids import Grids
 
 BITS = (2, 3, 4, 6, 8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,16 +47,8 @@ class Operands:
         )
         largest = self.x[0].abs().amax(1).float() if per_channel else self.x[0].abs().amax().float()
         self.scale = torch.stack([largest / high for high in self.high])
-        self.zero = torch.zeros_like(self.scale, dtype=torch.float32 if per_channel else torch.int32)
         self.axis = 0 if per_channel else None
-
-    def torch_op(self, x: Tensor, c: int) -> Tensor:
-        low, high = ops.bounds(BITS[c])
-        if self.axis is None:  # the overload by name: a whole number on a device would be read by the host
-            return torch.ops.aten.fake_quantize_per_tensor_affine.tensor_qparams(
-                x, self.scale[c], self.zero[c], low, high
-            )
-        return torch.fake_quantize_per_channel_affine(x, self.scale[c], self.zero[c], 0, low, high)
+        self.torch_op = Fixed(Grids(self.scale, torch.zeros_like(self.scale), self.low, self.high, self.axis)).quantize
 
 
 def formula() -> Callable[[Tensor, Tensor, int, int], Tensor]:

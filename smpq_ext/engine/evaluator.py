@@ -377,7 +377,7 @@ class TorchEvaluator:
         out = []
         for b, batch in enumerate(self.run_batches):
             parts = [p for p in self._parts if p.batch == b]
-            each, targets = losses.EACH.get(self.loss_fn), batch.targets
+            each, targets = losses.each_label(self.loss_fn), batch.targets
             if each and isinstance(targets, Tensor) and targets.dim() and targets.shape[0] % batch.size == 0:
                 out.append(self._of_labels(each, parts, batch, n, model))
             else:

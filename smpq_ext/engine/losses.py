@@ -85,6 +85,11 @@ def divergences(outputs: Any, reference: Tensor) -> Tensor:
 EACH: dict[Any, Callable[[Any, Any], Tensor]] = {cross_entropy: cross_entropies, kl: divergences}
 
 
+def each_label(loss: Loss) -> Callable[[Any, Any], Tensor] | None:
+    """What every label counts, where the loss is a mean over labels; None for a user's own, which need not hash."""
+    return EACH.get(loss) if inspect.isfunction(loss) else None
+
+
 def noise_to_signal(outputs: Any, reference: Any) -> Tensor:
     """Squared difference of two tensors over the square of the second: 1 / SQNR. Raises SmpqError for other outputs."""
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
@@ -168,18 +173,18 @@ def source(code: Any) -> str:
 
 def code_of(module: nn.Module, above: tuple[Any, ...] = ()) -> str:
     """What the modules inside, but for torch's, do: classes, the values they were given, and what forward uses."""
-    told, above = [], (*above, module)
+    told, above = [], (*above, *module.modules())
     for name, m in module.named_modules():
-        told.append(f"{name} {type(m).__qualname__} {m.extra_repr()} {settings(m)}")
+        told.append(f"{name} {type(m).__qualname__} {m.extra_repr()} {settings(m, above)}")
         if not _is_torchs(type(m)):
             told += [source(c) for c in type(m).__mro__ if not _is_torchs(c)]
             told.append(identity(type(m).forward, above))
     return "\n".join(dict.fromkeys(told))
 
 
-def settings(module: nn.Module) -> str:
+def settings(module: nn.Module, above: tuple[Any, ...] = ()) -> str:
     """The plain values that a module was given as attributes, such as a factor in its forward."""
-    return _plain({k: v for k, v in vars(module).items() if not k.startswith("_") and isinstance(v, PLAIN)})
+    return _plain({k: v for k, v in vars(module).items() if not k.startswith("_") and isinstance(v, PLAIN)}, above)
 
 
 def _is_torchs(kind: type) -> bool:
