@@ -43,6 +43,17 @@ class Polynomial:
         return values
 
 
+class Spoiled(Polynomial):
+    """One whose values go through `spoil(values, coalitions)`."""
+
+    def __init__(self, terms, spoil):
+        super().__init__(len(terms), terms)
+        self.spoil = spoil
+
+    def __call__(self, coalitions):
+        return self.spoil(super().__call__(coalitions), coalitions)
+
+
 def additive(players, seed=0):
     return Polynomial(players, {(i,): c for i, c in enumerate(np.random.default_rng(seed).normal(size=players))})
 
@@ -125,6 +136,28 @@ class EstimatorContract:
         with pytest.raises(TooFew, match=rf"\b{least - 1} are too few.*\b{least}$"):
             next(estimator.steps(game, least - 1, np.random.default_rng(0)))
         assert next(estimator.steps(game, least, np.random.default_rng(0))).values.shape == (players,)
+
+    @pytest.mark.parametrize("budget", [100.0, np.inf, "100", None])
+    def test_a_budget_that_is_no_whole_number_is_refused(self, estimator, budget):
+        with pytest.raises(SmpqError, match=r"^evaluations: a whole number, not "):
+            next(estimator.steps(additive(4), budget, np.random.default_rng(0)))
+
+    def test_a_game_without_players_is_refused(self, estimator):
+        game = additive(1)
+        game.players = 0
+        with pytest.raises(SmpqError, match=r"^game: it has 0 players"):
+            next(estimator.steps(game, 100, np.random.default_rng(0)))
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_a_value_that_is_not_finite_is_named(self, estimator, value):
+        game = Spoiled(additive(5).terms, lambda values, rows: np.where(rows[:, 0] & ~rows[:, 1], value, values))
+        with pytest.raises(SmpqError, match=rf"^game: the value of the coalition of players \[0\b.*\] is {value}$"):
+            list(estimator.steps(game, 200, np.random.default_rng(0)))
+
+    def test_values_of_another_shape_are_refused(self, estimator):
+        game = Spoiled(additive(5).terms, lambda values, rows: values[:, None])
+        with pytest.raises(SmpqError, match=r"^game: \d+ coalitions get values \[\d+, 1\], not \[\d+\]$"):
+            next(estimator.steps(game, 200, np.random.default_rng(0)))
 
     def test_the_same_stream_gives_the_same_bits(self, estimator):
         runs = [list(estimator.steps(third_order(8), 1000, np.random.default_rng(5))) for _ in range(2)]

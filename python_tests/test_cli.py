@@ -349,6 +349,12 @@ def test_settings_of_the_method_are_given_by_name(smpq, room):
         assert code == 2 and said in err
 
 
+@pytest.mark.parametrize(("option", "entry", "name"), [("set", "stop=plan", "stop"), ("fixed", "conv1=8", "conv1")])
+def test_what_is_given_twice_is_refused(smpq, option, entry, name):
+    code, _, err = smpq(*search(out="twice"), f"--{option}", entry, f"--{option}", entry)
+    assert code == 2 and f"{option}: {name} is given twice" in err
+
+
 def test_a_search_that_is_cut_off_goes_on(room, smpq):
     whole = search("cli_nets.py:held", bits="2,3,4,5,6,8", out="uncut")
     assert smpq(*whole)[0] == 0

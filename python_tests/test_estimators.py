@@ -3,10 +3,11 @@ import zlib
 
 import numpy as np
 import pytest
-from contracts import EstimatorContract, Polynomial, additive, third_order
+from contracts import EstimatorContract, Polynomial, additive, smallest_budget, third_order
 
 from smpq_ext import registry
 from smpq_ext.core import SmpqError, TooFew
+from smpq_ext.estimators import odd
 from smpq_ext.estimators.control import aumann_shapley
 from smpq_ext.games import Remainder
 
@@ -275,6 +276,11 @@ class TestControl:
         found = last("control", game, 30, weights=game.shapley)
         np.testing.assert_allclose(found.values, game.shapley, atol=0.005)
 
+    @pytest.mark.parametrize("weights", [[1.0] * 8, np.ones((9, 1)), 1.0])
+    def test_weights_for_other_players_are_refused(self, weights):
+        with pytest.raises(SmpqError, match=r"^weights: one for each of 9 players, not \["):
+            last("control", third_order(9), 100, weights=weights)
+
     @pytest.mark.parametrize("weights", [np.zeros(9), np.full(9, np.nan)])
     def test_weights_that_say_nothing_do_no_harm(self, weights):
         found = last("control", third_order(9), 200, weights=weights)
@@ -357,6 +363,37 @@ class TestInteractions:
                     np.testing.assert_allclose(found.pairs, found.pairs.T, atol=1e-9)
                     covered += list((np.abs(found.pairs - exact) < 1.96 * found.pair_errors)[above])
         assert 0.90 < np.mean(covered) < 0.995
+
+
+@pytest.mark.parametrize("name", ["control", "odd", "gaussian", "interactions"])
+@pytest.mark.parametrize("players", [8, 12])
+def test_intervals_cover_at_the_least_budget_too(name, players):
+    """Where a few pairs are all that tells of the noise; benchmarks/coverage.py has more games."""
+    covered = []
+    for seed in range(30):
+        weights = np.abs(np.random.default_rng(seed).normal(size=players))
+        game = Arbitrary(players)
+        inside = (np.arange(2**players)[:, None] >> np.arange(players) & 1).astype(bool)
+        game.table = 0.1 + 1 / (1 + np.exp(-(inside @ weights)))
+        found = last(name, game, smallest_budget(registry.find("estimators", name)(), game), seed)
+        covered += list(np.abs(found.values - truth(game)) < 1.96 * found.standard_errors)
+    assert np.mean(covered) > 0.9
+
+
+@pytest.mark.parametrize("share", odd.SHARES)
+def test_the_prior_of_odd_is_that_of_its_kernel(share):
+    """Shapley values are linear in the gaps: their covariances follow from the kernel of all gaps."""
+    players = 5
+    signs = np.array([(1.0, *rest) for rest in itertools.product([-1.0, 1.0], repeat=players - 1)])
+    game, values = Arbitrary(players), np.empty((len(signs), players))
+    for row, own in enumerate(signs):
+        game.table = np.zeros(2**players)
+        for side in (1, -1):
+            game.table[int((side * own > 0) @ (1 << np.arange(players)))] = side / 2
+        values[row] = truth(game)
+    kernel = odd._parities(signs @ signs.T, players, share)
+    np.testing.assert_allclose(values.T @ kernel, odd._owners(signs, share).T, atol=1e-12)
+    np.testing.assert_allclose(np.diag(values.T @ kernel @ values), odd._prior(players, share), atol=1e-12)
 
 
 @pytest.mark.slow

@@ -27,6 +27,16 @@ class TestMemory(StoreContract):
         return MemoryStore()
 
 
+def test_the_folder_of_a_file_is_made(tmp_path):
+    path = tmp_path / "some" / "more" / "evaluations.sqlite"
+    with closing(SqliteStore(path)) as store:
+        store.append("study", {b"key": np.ones(1)})
+        assert store.read("study")[b"key"] == 1
+    (tmp_path / "file").touch()
+    with pytest.raises(SmpqError, match=r"^store: cannot use .*Not a directory"):
+        SqliteStore(tmp_path / "file" / "more" / "evaluations.sqlite")
+
+
 class TestSqlite(StoreContract):
     @pytest.fixture
     def store(self, tmp_path):

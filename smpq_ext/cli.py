@@ -353,6 +353,8 @@ def _fixed(entries: list[str]) -> dict[str, int | str]:
             raise SmpqError(
                 f"fixed: layer=width or slot=width, such as conv1=8, fc.weight=float, or none, not {entry!r}"
             )
+        if name in found:
+            raise SmpqError(f"fixed: {name} is given twice")
         found[name] = int(width) if width.isdecimal() else width
     return found
 
@@ -363,6 +365,8 @@ def _settings(entries: list[str]) -> dict[str, Any]:
         name, equals, value = entry.partition("=")
         if not equals or not name.isidentifier():
             raise SmpqError(f"set: name=value, such as interactions=true, not {entry!r}")
+        if name in found:
+            raise SmpqError(f"set: {name} is given twice")
         try:
             found[name] = json.loads(value.lower() if value in ("True", "False") else value)
         except (ValueError, RecursionError):

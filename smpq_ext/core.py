@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import numbers
 import os
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -205,6 +206,28 @@ class Game(Protocol):
     spent: int
 
     def __call__(self, coalitions: Coalitions) -> Values: ...
+
+
+def ask(game: Game, coalitions: Coalitions) -> Values:
+    """What a game says of coalitions [n, players]: values [n]. Raises SmpqError where these are not n finite numbers."""
+    values = np.asarray(game(coalitions), np.float64)
+    if values.shape != (len(coalitions),):
+        raise SmpqError(f"game: {len(coalitions)} coalitions get values {list(values.shape)}, not [{len(coalitions)}]")
+    if not np.isfinite(values).all():
+        row = int(np.flatnonzero(~np.isfinite(values))[0])
+        inside = np.flatnonzero(coalitions[row]).tolist()
+        raise SmpqError(f"game: the value of the coalition of players {inside} is {values[row]}")
+    return values
+
+
+def pay(budget: int, needed: int, players: int, name: str) -> None:
+    """Raise TooFew where a budget of evaluations does not pay for what an estimator needs, SmpqError where it is none."""
+    if not isinstance(budget, numbers.Integral):
+        raise SmpqError(f"evaluations: a whole number, not {budget!r}")
+    if players < 1:
+        raise SmpqError(f"game: it has {players} players, there is nothing to attribute")
+    if budget < needed:
+        raise TooFew(f"evaluations: {budget} are too few for {name} of {players} players; it needs {needed}")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -304,7 +303,6 @@ def _store(given: str | os.PathLike[str] | Store | None) -> Store:
         return MemoryStore()
     if not isinstance(given, str | os.PathLike):
         return given
-    Path(given).absolute().parent.mkdir(parents=True, exist_ok=True)
     return SqliteStore(given)
 
 

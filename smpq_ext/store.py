@@ -7,6 +7,7 @@ import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ SAME, SAME_ZERO = 4e-3, 1e-5  # share of a value by which rounding on another ma
 class SqliteStore:
     """Evaluations in an SQLite file that several processes may share; what `append` returned from survives a crash.
 
+    The folder of the file is made where there is none.
+
     Raises SmpqError where the file cannot be opened or written, is no such database, is damaged (every row has a
     checksum, which SQLite's own pages have not), or has another schema version.
     """
@@ -28,6 +31,7 @@ class SqliteStore:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         with self._clear_errors():
+            Path(self.path).absolute().parent.mkdir(parents=True, exist_ok=True)
             # autocommit, so that transactions are where they are written
             self._database = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
             try:
@@ -88,7 +92,7 @@ class SqliteStore:
     def _clear_errors(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.OperationalError as error:
+        except (sqlite3.OperationalError, OSError) as error:
             raise SmpqError(f"store: cannot use {self.path} ({error})") from error
         except (sqlite3.DatabaseError, ValueError) as error:
             raise SmpqError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smpq_ext.core import Attribution, Game, TooFew
+from smpq_ext.core import Attribution, Game, ask, pay
 from smpq_ext.estimators.permutation import marginals, standard_error
 
 __all__ = ["Antithetic"]
@@ -29,13 +29,9 @@ class Antithetic:
     def steps(self, game: Game, budget: int, rng: np.random.Generator) -> Iterator[Attribution]:
         """An attribution after every batch of pairs; arrays [players]."""
         inner = 2 * (game.players - 1)  # coalitions of one pair, besides the empty and the full one that all share
-        if budget < 2 + 2 * inner:
-            raise TooFew(
-                f"evaluations: {budget} are too few for antithetic permutations of {game.players} players; "
-                f"it needs {2 + 2 * inner}"
-            )
+        pay(budget, 2 + 2 * inner, game.players, "antithetic permutations")
         pairs = (budget - 2) // inner if inner else 2
-        ends = game(np.repeat([[False], [True]], game.players, axis=1))
+        ends = ask(game, np.repeat([[False], [True]], game.players, axis=1))
         found = np.empty((0, game.players))
         while len(found) < pairs:
             count = min(max(self.batch // max(inner, 1), 2), pairs - len(found))

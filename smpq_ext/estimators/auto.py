@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from smpq_ext.core import Attribution, Game
+from smpq_ext.core import Attribution, Game, pay
 from smpq_ext.estimators import leverage, odd
 from smpq_ext.estimators.control import Control
 from smpq_ext.estimators.exact import MOST_PLAYERS, Exact
@@ -37,6 +37,7 @@ class Auto:
     def steps(self, game: Game, budget: int, rng: np.random.Generator) -> Iterator[Attribution]:
         """An attribution after every batch; arrays [players]."""
         players = game.players
+        pay(budget, 0, players, "any")  # a budget and a game at all
         if players <= MOST_PLAYERS and budget >= 2**players:
             for step in Exact().steps(game, budget, rng):
                 yield replace(step, reason=f"exact: {budget} evaluations pay for all {2**players} coalitions")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from smpq_ext.core import Attribution, Game, Values
+from smpq_ext.core import Attribution, Game, SmpqError, Values, pay
 from smpq_ext.estimators import odd
 from smpq_ext.estimators.leverage import ask_pairs, jackknife
 
@@ -47,8 +47,12 @@ class Control:
 
     def steps(self, game: Game, budget: int, rng: np.random.Generator) -> Iterator[Attribution]:
         """An attribution after every batch of pairs; arrays [players]."""
-        ask = None if self.weights is not None else getattr(game, "derivatives", None)
-        passes, weights = 0 if ask is None else self.points, self.weights
+        pay(budget, 0, game.players, "any")  # a budget and a game at all
+        weights = None if self.weights is None else np.asarray(self.weights, np.float64)
+        if weights is not None and weights.shape != (game.players,):
+            raise SmpqError(f"weights: one for each of {game.players} players, not {list(weights.shape)}")
+        tell = None if weights is not None else getattr(game, "derivatives", None)
+        passes = 0 if tell is None else self.points
         most = max(1, MOST // max(budget // 2, 1))
         shares, parts = zip(*(game.parts(most) if hasattr(game, "parts") else [(1.0, game)]), strict=True)
         least = -(-(game.players // 2 + 1) // len(parts))
@@ -58,12 +62,12 @@ class Control:
             for part, stream in zip(parts, streams, strict=True)
         ]
         for drawn in zip(*pairs, strict=True):
-            if ask is not None and weights is None:
-                weights = aumann_shapley(ask, self.points)
-            tell = weights is not None and bool(np.isfinite(weights).all() and weights.any())
+            if tell is not None and weights is None:
+                weights = aumann_shapley(tell, self.points)
+            useful = weights is not None and bool(np.isfinite(weights).all() and weights.any())
             helps = [f"pairs on {len(parts)} parts of the samples"] if len(parts) > 1 else []
-            helps += ["surrogates from " + ("derivatives" if passes else "given weights")] if tell else []
-            found = odd.fit(drawn, shares, weights if tell else None)
+            helps += ["surrogates from " + ("derivatives" if passes else "given weights")] if useful else []
+            found = odd.fit(drawn, shares, weights if useful else None)
             reason = f"control: {' and '.join(helps) or 'neither parts nor surrogates, as odd'}"
             yield Attribution(found.values, jackknife(found), passes + drawn[0].evaluations, reason)
 

@@ -8,7 +8,7 @@ from math import comb
 
 import numpy as np
 
-from smpq_ext.core import Attribution, Game, SmpqError, TooFew
+from smpq_ext.core import Attribution, Game, SmpqError, ask, pay
 
 __all__ = ["Exact"]
 
@@ -30,12 +30,9 @@ class Exact:
             raise SmpqError(
                 f"exact: {players} players are too many, at most {MOST_PLAYERS}; take 'antithetic' or 'leverage'"
             )
-        if budget < 2**players:
-            raise TooFew(
-                f"evaluations: {budget} are too few for exact values of {players} players; it needs {2**players}"
-            )
+        pay(budget, 2**players, players, "exact values")
         coalitions = (np.arange(2**players)[:, None] >> np.arange(players) & 1).astype(np.bool_)
-        values = game(coalitions)
+        values = ask(game, coalitions)
         # a coalition of size s enters with +1/(s C(n, s)) for its members and -1/((n - s) C(n, s)) for the others
         size = coalitions.sum(axis=1, keepdims=True)
         count = np.array([comb(players, s) for s in range(players + 1)], np.float64)[size]

@@ -22,8 +22,8 @@ __all__ = ["Gaussian"]
 SHARES = (0.0, 0.05, 0.2, 0.5, 0.9)  # of the prior variance that is not additive
 AGREEMENTS = (0.5, 0.8, 0.95)  # correlation of what is not additive where two coalitions differ in a player
 NOISES = (1e-10, 1e-4, 1e-2)
-DOUBT = 0.2  # least of these where pairs are few
 CHOOSE = 300  # so many pairs tell which of them it is
+UNLIKELY = 1e-3  # of the likeliest one's likelihood: such priors do not count
 
 
 @dataclass(frozen=True)
@@ -72,35 +72,40 @@ def _order(players: int, pairs: list[int], rng: np.random.Generator) -> Iterator
 
 
 def _posterior(drawn: Drawn) -> tuple[Values, Values]:
-    """Mean and deviation [players] given the gaps of the pairs, and that of all against none."""
-    coalitions, gaps, total = drawn.coalitions, drawn.gaps, drawn.total
-    players = coalitions.shape[1]
-    rows = np.concatenate([coalitions, np.ones((1, players), np.bool_)])
-    targets = np.append(gaps, total)
-    signs = np.where(rows, 1.0, -1.0)
-    inner = signs @ signs.T
-    jitter = np.append(np.ones(len(gaps)), END)
-    best = (-np.inf, 0.0, AGREEMENTS[0], NOISES[0])
-    some = np.append(np.arange(min(CHOOSE, len(gaps))), len(gaps))
-    # fewer pairs than players cannot tell that a game is additive, and would be believed
-    shares = [share for share in SHARES if share >= DOUBT or len(gaps) >= players]
-    for share, agreement, noise in product(shares, AGREEMENTS, NOISES):
-        if share or agreement == AGREEMENTS[0]:
-            kernel = _kernel(inner[np.ix_(some, some)], players, share, agreement) + np.diag(noise * jitter[some])
-            best = max(best, (likelihood(kernel, targets[some]), share, agreement, noise))
-    _, share, agreement, noise = best
+    """Mean under the likeliest prior and deviation from it under all, [players], given the gaps, also of all and none.
 
-    kernel = _kernel(inner, players, share, agreement)
-    factor, noise = factored(lambda noise: kernel + np.diag(noise * jitter), noise)
-    dual = cho_solve((factor, True), targets)
-    size = rows.sum(axis=1)
-    shared = np.array([_share(players, int(s), agreement) for s in size])  # [pairs, 2]: of players outside and inside
-    cross = (1 - share) / players * signs + share * np.where(rows, shared[:, 1:], shared[:, :1])
-    values = cross.T @ dual
-    prior = (1 - share) / players + share * _prior(players, agreement)
-    explained = np.einsum("pi,pi->i", cross, cho_solve((factor, True), cross))
-    scale = float(targets @ dual) / len(targets)
-    return values + (total - values.sum()) / players, np.sqrt(scale * np.maximum(prior - explained, 0))
+    Few gaps hardly tell which prior it is; each counts for its likelihood.
+    """
+    players = drawn.coalitions.shape[1]
+    rows = np.concatenate([drawn.coalitions, np.ones((1, players), np.bool_)])
+    targets = np.append(drawn.gaps, drawn.total)
+    signs = np.where(rows, 1.0, -1.0)
+    inner, size = signs @ signs.T, rows.sum(axis=1)
+    jitter = np.append(np.ones(len(drawn.gaps)), END)
+
+    def prior(share: float, agreement: float, noise: float, some: NDArray[np.int64]) -> NDArray[np.float64]:
+        return _kernel(inner[np.ix_(some, some)], players, share, agreement) + np.diag(noise * jitter[some])
+
+    every = np.arange(len(targets))
+    some = np.append(every[:-1][:CHOOSE], every[-1])
+    choices = [c for c in product(SHARES, AGREEMENTS, NOISES) if c[0] or c[1] == AGREEMENTS[0]]
+    likely = np.array([likelihood(prior(*choice, some), targets[some]) for choice in choices])
+    weights = np.exp(likely - likely.max())
+    means, variances = [], []
+    for share, agreement, noise in (choices[i] for i in np.flatnonzero(weights > UNLIKELY)):
+        factor, _ = factored(lambda noise, s=share, a=agreement: prior(s, a, noise, every), noise)
+        dual = cho_solve((factor, True), targets)
+        shared = np.array([_share(players, int(s), agreement) for s in size])  # [rows, 2]: of players outside, inside
+        cross = (1 - share) / players * signs + share * np.where(rows, shared[:, 1:], shared[:, :1])
+        values = cross.T @ dual
+        known = np.einsum("pi,pi->i", cross, cho_solve((factor, True), cross))
+        unknown = np.maximum((1 - share) / players + share * _prior(players, agreement) - known, 0)
+        means.append(values + (drawn.total - values.sum()) / players)
+        variances.append(unknown * float(targets @ dual) / len(targets))
+    weights = weights[weights > UNLIKELY]
+    best = means[int(weights.argmax())]
+    apart = np.array(variances) + (np.array(means) - best) ** 2
+    return best, np.sqrt(weights / weights.sum() @ apart)
 
 
 def _kernel(inner: NDArray[np.float64], players: int, share: float, agreement: float) -> NDArray[np.float64]:

@@ -8,8 +8,9 @@ from math import comb
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
-from smpq_ext.core import Attribution, Coalitions, Game, TooFew, Values
+from smpq_ext.core import Attribution, Coalitions, Game, Values, ask, pay
 
 __all__ = ["Leverage"]
 
@@ -65,6 +66,13 @@ class Drawn:
         return np.asarray(1 / (size * (players - size) * np.bincount(size)[size] * (1 + (2 * size == players))))
 
     @property
+    def unseen(self) -> float:
+        """Which share of the pairs of a size has not been drawn, on average over the sizes."""
+        size = self.coalitions.sum(axis=1)
+        count = np.bincount(size, minlength=len(self.population) + 1)[1:]
+        return float(np.mean(1 - count / self.population)) if self.population else 0.0
+
+    @property
     def seen(self) -> NDArray[np.float64]:
         """Which share of the pairs of its size has been drawn, for each pair, [pairs]."""
         size = self.coalitions.sum(axis=1)
@@ -94,10 +102,9 @@ def ask_pairs(
     whole = population(players)
     least = min(sum(whole), least)
     needed = besides + 2 + 2 * least
-    if budget < needed:
-        raise TooFew(f"evaluations: {budget} are too few for {name} of {players} players; it needs {needed}")
+    pay(budget, needed, players, name)
     pairs = min((budget - besides - 2) // 2, sum(whole))
-    empty, full = game(np.repeat([[False], [True]], players, axis=1))
+    empty, full = ask(game, np.repeat([[False], [True]], players, axis=1))
     draw = (order or draw_pairs)(players, whole, rng)
     coalitions = np.empty((0, players), np.bool_)
     gaps, sums = np.empty(0), np.empty(0)
@@ -106,7 +113,7 @@ def ask_pairs(
         count = min(max(batch // 2, len(gaps) // 2, least if not len(gaps) else 1), pairs - len(gaps))
         if count:
             rows = np.array([next(draw) for _ in range(count)])
-            values = game(np.concatenate([rows, ~rows]))
+            values = ask(game, np.concatenate([rows, ~rows]))
             coalitions = np.concatenate([coalitions, rows])
             gaps = np.concatenate([gaps, values[:count] - values[count:]])
             sums = np.concatenate([sums, values[:count] + values[count:]])
@@ -154,6 +161,7 @@ class Fit:
     solve: NDArray[np.float64]  # [players, pairs], what a gap moves the values by
     seen: Values  # [pairs], which share of the pairs of its size is drawn
     besides: Values  # [players], standard errors that are no gap's doing
+    least: Values  # [players], standard errors of a prior that saw the gaps: no error is smaller
 
 
 def fit(drawn: Drawn) -> Fit:
@@ -172,7 +180,7 @@ def fit(drawn: Drawn) -> Fit:
     free = 1 - np.einsum("pi,ip->p", signs, solve)
     unique = good.sum() == players - 1
     left_out = np.where(unique & (free > 1e-9), residuals / np.maximum(free, 1e-9), np.nan)
-    return Fit(drawn.total / players + offsets, residuals, left_out, solve, drawn.seen, np.zeros(players))
+    return Fit(drawn.total / players + offsets, residuals, left_out, solve, drawn.seen, *np.zeros((2, players)))
 
 
 def jackknife(found: Fit) -> Values:
@@ -180,7 +188,13 @@ def jackknife(found: Fit) -> Values:
 
     Infinite where, without one of the pairs, there would be no answer.
     """
-    return np.asarray(np.hypot(errors(found.solve, found.left_out, found.seen), found.besides), np.float64)
+    sampled = np.hypot(errors(found.solve, found.left_out, found.seen), found.besides)
+    return np.asarray(np.maximum(sampled, found.least), np.float64)
+
+
+def student(free: int) -> float:
+    """How much wider an interval of 95 % is where its width was told by so many values."""
+    return float(stdtrit(free, 0.975) / stdtrit(np.inf, 0.975))
 
 
 def errors(solve: NDArray[np.float64], left_out: Values, seen: Values) -> Values:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import comb
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from scipy.linalg import LinAlgError, cho_solve, cholesky
 
 from smpq_ext.core import Attribution, Game, Values
 from smpq_ext.estimators.adjusted import missed_by
-from smpq_ext.estimators.leverage import Drawn, Fit, ask_pairs, jackknife
+from smpq_ext.estimators.leverage import Drawn, Fit, ask_pairs, jackknife, student
 
 __all__ = ["Odd"]
 
@@ -95,13 +96,18 @@ def fit(parts: Sequence[Drawn], shares: Sequence[float] = (1.0,), surrogate: Val
         values += shares[k] * missed
         variance += (shares[k] * error) ** 2
     total = float(np.dot(shares, [drawn.total for drawn in parts]))
+    solve = owner.T @ inverse
+    own, known = _prior(players, share), (of_players**2).sum(axis=1)
+    prior = own + LEVEL * known + apart * np.square(shares).sum() * (own + known)
+    scale = float(gaps @ dual) / len(gaps) * parts[0].unseen
     return Fit(
         values=values + (total - values.sum()) / players,
         residuals=residuals,
         left_out=left_out,
-        solve=(owner.T @ inverse)[:, : len(seen)],
+        solve=solve[:, : len(seen)],
         seen=seen,
         besides=np.sqrt(variance),
+        least=student(len(gaps)) * np.sqrt(scale * np.maximum(prior - (solve * owner.T).sum(axis=1), 0)),
     )
 
 
@@ -147,6 +153,12 @@ def _owners(signs: NDArray[np.float64], share: float) -> NDArray[np.float64]:
         pairs = (others**2 - (players - 1)) / 2  # sum of the products of two others
         owner += share / _triples(float(players), players) / 3 * signs * pairs
     return owner
+
+
+def _prior(players: int, share: float) -> float:
+    """Prior variance of a Shapley value, that of a gap being 1."""
+    triples = share / _triples(float(players), players) / 9 * comb(players - 1, 2) if share else 0.0
+    return (1 - share) / players + triples
 
 
 def _triples(inner: Any, players: int) -> Any:

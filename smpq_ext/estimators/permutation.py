@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
 
-from smpq_ext.core import Attribution, Game, TooFew, Values
+from smpq_ext.core import Attribution, Game, Values, ask, pay
+from smpq_ext.estimators.leverage import student
 
 __all__ = ["Permutation"]
 
@@ -29,13 +29,9 @@ class Permutation:
     def steps(self, game: Game, budget: int, rng: np.random.Generator) -> Iterator[Attribution]:
         """An attribution after every batch of permutations; arrays [players]."""
         inner = game.players - 1  # coalitions of one permutation, besides the empty and the full one that all share
-        if budget < 2 + 2 * inner:
-            raise TooFew(
-                f"evaluations: {budget} are too few for permutations of {game.players} players; "
-                f"it needs {2 + 2 * inner}"
-            )
+        pay(budget, 2 + 2 * inner, game.players, "permutations")
         runs = (budget - 2) // inner if inner else 2
-        ends = game(np.repeat([[False], [True]], game.players, axis=1))
+        ends = ask(game, np.repeat([[False], [True]], game.players, axis=1))
         found = np.empty((0, game.players))
         while len(found) < runs:
             count = min(max(self.batch // max(inner, 1), 2), runs - len(found))
@@ -47,14 +43,13 @@ class Permutation:
 def standard_error(found: NDArray[np.float64]) -> Values:
     """Of the mean of independent estimates [runs, players]; of few, it is widened by Student's factor at 95 %.
 
-    Where all estimates of a player agree, but not at 0, they may by chance: it gets the spread of the others.
+    Where all estimates of a player agree, they may by chance: it gets the spread of the others.
     """
     runs = len(found)
-    student = float(stdtrit(runs - 1, 0.975) / stdtrit(np.inf, 0.975))
     spread = found.std(axis=0, ddof=1)
     pooled = np.sqrt((spread**2).mean())
-    spread = np.where((np.ptp(found, axis=0) == 0) & (found[0] != 0), pooled, spread)
-    return np.asarray(student * spread / np.sqrt(runs), np.float64)
+    spread = np.where(np.ptp(found, axis=0) == 0, pooled, spread)
+    return np.asarray(student(runs - 1) * spread / np.sqrt(runs), np.float64)
 
 
 def marginals(game: Game, ranks: NDArray[np.int64], ends: Values) -> NDArray[np.float64]:
@@ -67,5 +62,5 @@ def marginals(game: Game, ranks: NDArray[np.int64], ends: Values) -> NDArray[np.
     path[:, 0], path[:, -1] = ends
     if players > 1:
         prefixes = ranks[:, None, :] < np.arange(1, players)[:, None]
-        path[:, 1:-1] = game(prefixes.reshape(-1, players)).reshape(runs, -1)
+        path[:, 1:-1] = ask(game, prefixes.reshape(-1, players)).reshape(runs, -1)
     return np.take_along_axis(np.diff(path, axis=1), ranks, axis=1)

@@ -9,7 +9,7 @@ from math import comb
 import numpy as np
 from numpy.typing import NDArray
 
-from smpq_ext.core import Attribution, Coalitions, Game, TooFew, Values
+from smpq_ext.core import Attribution, Coalitions, Game, Values, ask, pay
 
 __all__ = ["Stratified"]
 
@@ -37,10 +37,9 @@ class Stratified:
         population = {s: comb(players, s) for s in range(2, players - 1)}
         first = [row for s in population for row in _cover(players, s, rng)]
         least = len(border) + len(first)
-        if budget < least:
-            raise TooFew(f"evaluations: {budget} are too few for strata of {players} players; it needs {least}")
+        pay(budget, least, players, "strata")
         coalitions = np.concatenate([border, np.array(first, np.bool_).reshape(-1, players)])
-        values = game(coalitions)
+        values = ask(game, coalitions)
         seen = {row.tobytes() for row in coalitions}
         drawn = dict.fromkeys(population, 0)
         for row in first:
@@ -51,7 +50,7 @@ class Stratified:
             if count < 1:
                 return
             rows = np.array([_next(players, population, drawn, seen, rng) for _ in range(count)])
-            coalitions, values = np.concatenate([coalitions, rows]), np.concatenate([values, game(rows)])
+            coalitions, values = np.concatenate([coalitions, rows]), np.concatenate([values, ask(game, rows)])
 
 
 def _border(players: int) -> Coalitions:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smpq_ext.core import Attribution, Game, SmpqError, TooFew
+from smpq_ext.core import Attribution, Game, SmpqError, ask, pay
 from smpq_ext.estimators.permutation import standard_error
 
 __all__ = ["Truncated"]
@@ -39,12 +39,8 @@ class Truncated:
     def steps(self, game: Game, budget: int, rng: np.random.Generator) -> Iterator[Attribution]:
         """An attribution after every batch of permutations; arrays [players]."""
         players = game.players
-        if budget < 1 + 2 * players:
-            raise TooFew(
-                f"evaluations: {budget} are too few for truncated permutations of {players} players; "
-                f"it needs {1 + 2 * players}"
-            )
-        full = float(game(np.ones((1, players), np.bool_))[0])
+        pay(budget, 1 + 2 * players, players, "truncated permutations")
+        full = float(ask(game, np.ones((1, players), np.bool_))[0])
         if not full > 0:
             raise SmpqError(f"truncated: needs a positive value such as accuracy, the full set has {full:g}")
         spent = 1
@@ -61,7 +57,7 @@ class Truncated:
             before = np.full(count, full)
             alive = np.arange(count)
             for step in range(players):
-                after = game(ranks[alive] > step)
+                after = ask(game, ranks[alive] > step)
                 spent += len(alive)
                 marginals[alive, orders[alive, step]] = before[alive] - after
                 before[alive] = after

@@ -64,6 +64,11 @@ class Shapley:
             raise SmpqError(f"patience: a share above 0, at most 1, not {patience!r}")
         self.estimator = estimator or ("interactions" if interactions else "odd" if stop else "leverage")
         registry.find("estimators", self.estimator)
+        if self.estimator in ("exact", "truncated"):
+            raise SmpqError(
+                f"estimator: {self.estimator!r} cannot play the neighbourhood game, of which about four coalitions a "
+                "slot are asked, and whose values may be negative; 'leverage', 'odd', 'gaussian' and 'control' can"
+            )
         self.interactions, self.stop = interactions, stop
         self.patience = patience  # share of the refinement's evaluations without progress after which it stops
         self.finalists = finalists
@@ -106,7 +111,8 @@ class Shapley:
             if self._is_enough(problem, scores, near, step):
                 break
         missed, error = _missed(near, probes, apart, on_search, on_apart)
-        finding = f"additive scores miss {100 * missed:.1f} ± {100 * error:.1f} % of the variance near the budget"
+        share = 100 * min(max(missed, 0.0), 1.0)  # an unbiased estimate of a share may lie outside of it
+        finding = f"additive scores miss {share:.1f} ± {100 * error:.1f} % of the variance near the budget"
         finalists = Uniform().allocate(problem).assignment[None]
         if missed < 2 * error or missed < 0.01:
             finding = f"additive within noise: {finding}"
@@ -259,8 +265,8 @@ def _affordable(steps: Iterator[Attribution]) -> Iterator[Attribution]:
         yield from steps
     except TooFew as error:
         raise TooFew(
-            f"{error}; so many the neighbourhood game gets, of those that the search may spend: another estimator can "
-            "do with fewer"
+            f"{error}; so many the neighbourhood game gets, about four a slot, however many the search may spend: "
+            "'leverage', 'odd', 'gaussian' and 'control' can do with them"
         ) from error
 
 
