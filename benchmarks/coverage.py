@@ -6,7 +6,8 @@ coalition has an independent error of a tenth of that; "damage": an exponential,
 allowed: the least that the estimator takes, 2 n + 2, 4 n and 10 n, where it takes them. A column of a game tells the
 share of players whose value is within 1.96 standard errors of the estimate, over all runs; "lowest" and "mean" are over
 the games; "wide": the median over the runs of the standard errors' root mean square, by that of the errors made: 1 is
-right, and 2 is twice as careful as there is need for.
+right, 2 is twice as careful as there is need for, and "–" is where they are infinite, which holds everything: an
+estimator that has seen too little to tell ('stratified', one coalition of a kind) says so.
 
     python -m benchmarks.coverage [--runs 40] [--estimators control ...] [--players 6 8 12]
 """
@@ -84,7 +85,8 @@ def rows(name: str, players: int, runs: int) -> list[dict[str, Any]]:
     truths = {kind: [attribution("exact", game, 2**players, 0).values for game in games[kind]] for kind in GAMES}
     found = []
     for budget, called in budgets(name, games[GAMES[0]][0]).items():
-        held, made, told = {}, [], []
+        held: dict[str, float] = {}
+        made, told = [], []
         for kind in GAMES:
             inside = []
             for seed, (game, truth) in enumerate(zip(games[kind], truths[kind], strict=True)):
@@ -95,8 +97,9 @@ def rows(name: str, players: int, runs: int) -> list[dict[str, Any]]:
                 told.append(np.sqrt(np.mean(size**2)))
             held[kind] = float(np.mean(inside))
         wide = float(np.median(np.array(told) / np.maximum(made, 1e-12)))
-        extremes = {"lowest": min(held.values()), "mean": float(np.mean(list(held.values()))), "wide": wide}
-        found.append({"estimator": name, "n": players, "budget": called, "m": budget, **held, **extremes})
+        over: dict[str, float | None] = {"lowest": min(held.values()), "mean": float(np.mean(list(held.values())))}
+        over["wide"] = wide if np.isfinite(wide) else None
+        found.append({"estimator": name, "n": players, "budget": called, "m": budget, **held, **over})
         print(found[-1], flush=True)
     return found
 

@@ -236,7 +236,14 @@ def test_settings_of_a_method_are_checked(net: Net) -> None:
     with pytest.raises(SmpqError, match=r"^settings: the method 'uniform' has no 'seeds'; there are none"):
         smpq_ext.search(net, [samples(64, 1)], **given, method="uniform", seeds=3)
     odd = ({"finalists": "abc"}, {"finalists": 0}, {"batch": 2.5}, {"patience": "x"}, {"patience": 2.0})
-    for wrong in ({"stop": "soon"}, {"interactions": 2}, {"estimator": "best"}, {"estimator": "exact"}, {"estimator": "truncated"}, *odd):
+    for wrong in (
+        {"stop": "soon"},
+        {"interactions": 2},
+        {"estimator": "best"},
+        {"estimator": "exact"},
+        {"estimator": "truncated"},
+        *odd,
+    ):
         with pytest.raises(SmpqError, match=f"^{next(iter(wrong))}: "):
             smpq_ext.search(net, [samples(64, 1)], **given, **wrong)
 

@@ -209,7 +209,7 @@ class Game(Protocol):
 
 
 def ask(game: Game, coalitions: Coalitions) -> Values:
-    """What a game says of coalitions [n, players]: values [n]. Raises SmpqError where these are not n finite numbers."""
+    """Values [n] of coalitions [n, players]. Raises SmpqError where the game gives anything but n finite numbers."""
     values = np.asarray(game(coalitions), np.float64)
     if values.shape != (len(coalitions),):
         raise SmpqError(f"game: {len(coalitions)} coalitions get values {list(values.shape)}, not [{len(coalitions)}]")
@@ -221,7 +221,7 @@ def ask(game: Game, coalitions: Coalitions) -> Values:
 
 
 def pay(budget: int, needed: int, players: int, name: str) -> None:
-    """Raise TooFew where a budget of evaluations does not pay for what an estimator needs, SmpqError where it is none."""
+    """Raise TooFew where a budget of evaluations is less than an estimator needs, SmpqError where it is none."""
     if not isinstance(budget, numbers.Integral):
         raise SmpqError(f"evaluations: a whole number, not {budget!r}")
     if players < 1:

@@ -471,7 +471,10 @@ class TorchEvaluator:
         with rows:
             where = self._executor.first_non_finite(batch, 0, batch.size)
         what = "of the float model" if chunk is None else f"of row {index[row]}, {self._describe(chunk[row])},"
-        why = "every activation is finite, the loss itself is not: look at loss= and the targets (a mean over none, where all are ignored, is NaN)"
+        why = (
+            "every activation is finite, the loss itself is not: look at loss= and the targets (a mean over none, "
+            "where all are ignored, is NaN)"
+        )
         if where:
             why = f"the first activation with NaN or infinity leaves {where}"
             if chunk is not None:

@@ -32,8 +32,8 @@ class Control:
     for one.
 
     A game tells these by `derivatives(points) -> [points, players]` and `parts(most) -> ((share, game), ...)`; without
-    weights and both it is 'odd', and `reason` of an attribution says what there was. Standard errors are delete-one
-    jackknife errors over the pairs. `batch` is about how many coalitions a part is asked at once.
+    weights and both it is 'odd', and `reason` of an attribution says what there was. Standard errors are those of
+    'odd'. `batch` is about how many coalitions a part is asked at once.
 
     Raises SmpqError where the budget pays for fewer than players / 2 pairs in all (or all, if there are fewer). Source:
     Aumann and Shapley, Values of non-atomic games (1974); Shoemaker, Principles and procedures of multiple matrix

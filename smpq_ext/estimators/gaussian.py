@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from math import comb
 
@@ -32,9 +32,9 @@ class Gaussian:
 
     First none and all, then every single player with all others, then random halves, each with its complement. The
     prior of a pair's gap v(S) - v(complement) is additive plus the odd part of a kernel agreement^(players that
-    differ), which holds interactions of every order; their shares are the likeliest ones. Meant for fewer than 4 x
-    players evaluations, where it beats 'leverage'; the time grows with the cube of the evaluations. `batch` is about
-    how many coalitions are asked at once.
+    differ), which holds interactions of every order. Values are those under the likeliest shares, deviations from them
+    are averaged over all by likelihood. Meant for fewer than 4 x players evaluations, where it beats 'leverage'; the
+    time grows with the cube of the evaluations. `batch` is about how many coalitions are asked at once.
 
     Raises SmpqError where the budget is too small, and names the least. Source: Rasmussen and Williams, Gaussian
     processes for machine learning (2006), section 2.2; its Shapley values are exact sums over the kernel.
@@ -93,7 +93,7 @@ def _posterior(drawn: Drawn) -> tuple[Values, Values]:
     weights = np.exp(likely - likely.max())
     means, variances = [], []
     for share, agreement, noise in (choices[i] for i in np.flatnonzero(weights > UNLIKELY)):
-        factor, _ = factored(lambda noise, s=share, a=agreement: prior(s, a, noise, every), noise)
+        factor, _ = factored(partial(prior, share, agreement, some=every), noise)
         dual = cho_solve((factor, True), targets)
         shared = np.array([_share(players, int(s), agreement) for s in size])  # [rows, 2]: of players outside, inside
         cross = (1 - share) / players * signs + share * np.where(rows, shared[:, 1:], shared[:, :1])

@@ -37,7 +37,9 @@ class Odd:
     nothing, and how much they and the noise may explain is what is likeliest. Exact for games of order two, and for
     those of order four once there are enough pairs; else drawn towards 0 by the ridge. A pair that was drawn stands for
     itself, so sizes that are enumerated are exact. Pairs are drawn as by 'leverage'; standard errors are delete-one
-    jackknife errors over them. `batch` is about how many coalitions are asked at once.
+    jackknife errors over them, but no less than the posterior's deviations, with Student's factor for as many pairs:
+    few pairs, left out, do not show what the ridge has not seen. `batch` is about how many coalitions are asked at
+    once.
 
     Raises SmpqError where the budget pays for fewer than players pairs (or all, if there are fewer). Source: Fumagalli,
     Butler, Kang, Ramchandran, Witter, An odd estimator for Shapley values (arXiv 2602.01399), here with every triple in
@@ -97,8 +99,9 @@ def fit(parts: Sequence[Drawn], shares: Sequence[float] = (1.0,), surrogate: Val
         variance += (shares[k] * error) ** 2
     total = float(np.dot(shares, [drawn.total for drawn in parts]))
     solve = owner.T @ inverse
-    own, known = _prior(players, share), (of_players**2).sum(axis=1)
-    prior = own + LEVEL * known + apart * np.square(shares).sum() * (own + known)
+    alone, regressors = _prior(players, share), (of_players**2).sum(axis=1)
+    unknown = alone + LEVEL * regressors + apart * np.square(shares).sum() * (alone + regressors)
+    unknown = np.maximum(unknown - (solve * owner.T).sum(axis=1), 0)
     scale = float(gaps @ dual) / len(gaps) * parts[0].unseen
     return Fit(
         values=values + (total - values.sum()) / players,
@@ -107,7 +110,7 @@ def fit(parts: Sequence[Drawn], shares: Sequence[float] = (1.0,), surrogate: Val
         solve=solve[:, : len(seen)],
         seen=seen,
         besides=np.sqrt(variance),
-        least=student(len(gaps)) * np.sqrt(scale * np.maximum(prior - (solve * owner.T).sum(axis=1), 0)),
+        least=student(len(gaps)) * np.sqrt(scale * unknown),
     )
 
 
