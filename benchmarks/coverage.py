@@ -1,21 +1,24 @@
-"""Whether intervals of 95 % hold the truth: how often they do, for every estimator, from its least budget on.
+"""Whether intervals of 95 % hold the truth, for every estimator of Shapley values, from its least budget on.
 
-Games of n players whose Shapley values are known from all coalitions: "saturates": the logistic function of a sum;
-"weakest": the largest damage counts; "order 3": sums of products of one to three players; "noise": additive, and each
-coalition has an independent error of a tenth of that; "damage": an exponential, with a little noise. "m": evaluations
-allowed: the least that the estimator takes, 2 n + 2, 4 n and 10 n, where it takes them. A column of a game tells the
-share of players whose value is within 1.96 standard errors of the estimate, over all runs; "lowest" and "mean" are over
-the games; "wide": the median over the runs of the standard errors' root mean square, by that of the errors made: 1 is
-right, 2 is twice as careful as there is need for, and "–" is where they are infinite, which holds everything: an
-estimator that has seen too little to tell ('stratified', one coalition of a kind) says so.
+Games of n players whose values are known from all coalitions: "saturates": the logistic function of a sum; "weakest":
+the largest damage counts; "order 3": sums of products of one to three players; "noise": additive, and each coalition
+has an independent error of a tenth of that; "damage": an exponential with a little noise. 'control' is asked games
+that are means of eight groups' and tell how the value changes with each player's share, off by a fifth ("passes,
+parts"), and those without the groups ("passes"); with neither it is 'odd'. "m": evaluations allowed: the least that an
+estimator takes, 2 n + 2, 4 n and 10 n.
 
-    python -m benchmarks.coverage [--runs 40] [--estimators control ...] [--players 6 8 12]
+The column of a game tells the share of players whose value is within 1.96 standard errors of the estimate; "mean" is
+over the games, "±" its standard error over the runs, "largest" the share of runs that hold the player of the largest
+value, which is the hardest. "wide": the median ratio of the errors told to those made, root mean squares over the
+players of a run. "–": errors are infinite, for the estimator has seen too little to tell, and says so.
+
+    python -m benchmarks.coverage [--runs 40] [--estimators control ...] [--players 6 8 12 16]
 """
 
 from __future__ import annotations
 
 import argparse
-import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -24,29 +27,62 @@ from numpy.typing import NDArray
 from benchmarks.environment import note_of, save_table
 from smpq_ext import registry
 from smpq_ext.core import Attribution, Coalitions, TooFew, Values
+from smpq_ext.stopping import CERTAIN
 
-WITHOUT = ("exact", "truncated")  # no error to tell; of another game
+WITHOUT = ("exact", "truncated", "interactions")  # no error to tell; of another game; the values of 'odd'
 GAMES = ("saturates", "weakest", "order 3", "noise", "damage")
+KINDS = {"control": ("passes, parts", "passes")}  # of games that an estimator is asked, besides plain ones
+GROUPS, OFF = 8, 0.2
 
 
-class Table:
-    """A game of which every value is known."""
+class Known:
+    """A game of which every value is known, the mean of `tables` [groups, 2^players]."""
 
-    def __init__(self, kind: str, players: int, seed: int) -> None:
-        self.players, self.spent = players, 0
-        self.ways = 1 << np.arange(players)
-        inside = (np.arange(2**players)[:, None] & self.ways) > 0
-        self.table = values_of(kind, inside, np.random.default_rng(seed))
+    def __init__(self, tables: NDArray[np.float64]) -> None:
+        self.tables, self.players, self.spent = tables, int(np.log2(tables.shape[1])), 0
+        self.ways = 1 << np.arange(self.players)
 
     def __call__(self, coalitions: Coalitions) -> Values:
         self.spent += len(coalitions)
-        return self.table[coalitions @ self.ways]
+        return np.asarray(self.tables[:, coalitions @ self.ways].mean(axis=0))
 
 
-def values_of(kind: str, inside: NDArray[np.bool_], rng: np.random.Generator) -> Values:
+class Passes(Known):
+    """One that tells derivatives: of the multilinear extension, each player's off by a factor of its own."""
+
+    def derivatives(self, points: Values) -> NDArray[np.float64]:
+        self.spent += len(points)
+        every, inside = self.tables.mean(axis=0), (np.arange(self.tables.shape[1])[:, None] & self.ways) > 0
+        off = 1 + OFF * np.random.default_rng(self.players).normal(size=self.players)
+        found = []
+        for share in points:
+            chance = np.where(inside, share, 1 - share)  # [coalitions, players]
+            others = chance.prod(axis=1)[:, None] / chance
+            found.append(off * (np.where(inside, 1, -1) * others * every[:, None]).sum(axis=0))
+        return np.array(found)
+
+
+class PassesAndParts(Passes):
+    """And is a mean of games, on a group of the samples each."""
+
+    def parts(self, most: int) -> tuple[tuple[float, Known], ...]:
+        return tuple((len(part) / GROUPS, Known(part)) for part in np.array_split(self.tables, min(most, GROUPS)))
+
+
+def game_of(kind: str, asked: str, players: int, seed: int) -> Known:
+    rng = np.random.default_rng(seed)
+    inside = (np.arange(2**players)[:, None] & (1 << np.arange(players))) > 0
+    weights = np.abs(rng.normal(size=players))
+    groups = GROUPS if asked == "passes, parts" else 1
+    tables = [
+        values_of(kind, inside, weights * rng.lognormal(0, 0.3 * (groups > 1), players), rng) for _ in range(groups)
+    ]
+    return {"": Known, "passes": Passes, "passes, parts": PassesAndParts}[asked](np.stack(tables))
+
+
+def values_of(kind: str, inside: NDArray[np.bool_], weights: Values, rng: np.random.Generator) -> Values:
     """Of all coalitions [2^players, players]."""
     coalitions, players = inside.shape
-    weights = np.abs(rng.normal(size=players))
     match kind:
         case "saturates":
             return 0.1 + 1 / (1 + np.exp(-(inside @ weights)))
@@ -58,49 +94,58 @@ def values_of(kind: str, inside: NDArray[np.bool_], rng: np.random.Generator) ->
         case "noise":
             additive = inside @ weights
             return additive + 0.1 * additive.std() * rng.normal(size=coalitions)
-        case _:
-            return -np.exp(-(inside @ rng.lognormal(-1, 0.7, players))) + 0.02 * rng.normal(size=coalitions)
+        case _:  # damage
+            return -np.exp(-(inside @ (weights / 2))) + 0.02 * rng.normal(size=coalitions)
 
 
-def budgets(name: str, game: Table) -> dict[int, str]:
-    """Evaluations: how the table names them."""
-    players = game.players
-    try:
-        attribution(name, game, 0, 0)
-        least = 0
-    except TooFew as error:
-        least = int(re.findall(r"\d+", str(error))[-1])
-    named = {10 * players: "10 n", 4 * players: "4 n", 2 * players + 2: "2 n + 2", least: "least"}
-    return {m: named[m] for m in sorted(named) if least <= m < 2**players}
-
-
-def attribution(name: str, game: Table, budget: int, seed: int) -> Attribution:
+def attribution(name: str, game: Known, budget: int, seed: int) -> Attribution:
     """The last that an estimator gives."""
-    *_, found = registry.find("estimators", name)().steps(game, budget, np.random.default_rng(seed))
+    *_, found = registry.find("estimators", name)().steps(game, budget, np.random.default_rng([seed, 1]))
     return found
 
 
-def rows(name: str, players: int, runs: int) -> list[dict[str, Any]]:
-    games = {kind: [Table(kind, players, seed) for seed in range(runs)] for kind in GAMES}
+def budgets(name: str, game: Known) -> dict[int, str]:
+    """Evaluations: how the table names them."""
+    players, least = game.players, 0
+    while True:
+        try:
+            spent = {attribution(name, game, least, 0).evaluations}
+            break
+        except TooFew:
+            least += 1
+    named = {least: "least"}
+    for m, called in ((2 * players + 2, "2 n + 2"), (4 * players, "4 n"), (10 * players, "10 n")):
+        if least < m < 2**players:
+            made = attribution(name, game, m, 0).evaluations
+            if made not in spent:
+                named[m] = called
+            spent.add(made)
+    return named
+
+
+def rows(name: str, asked: str, players: int, runs: int) -> list[dict[str, Any]]:
+    games = {kind: [game_of(kind, asked, players, seed) for seed in range(runs)] for kind in GAMES}
     truths = {kind: [attribution("exact", game, 2**players, 0).values for game in games[kind]] for kind in GAMES}
     found = []
     for budget, called in budgets(name, games[GAMES[0]][0]).items():
-        held: dict[str, float] = {}
-        made, told = [], []
-        for kind in GAMES:
-            inside = []
+        held, largest, ratios = np.empty((len(GAMES), runs)), [], []
+        for k, kind in enumerate(GAMES):
             for seed, (game, truth) in enumerate(zip(games[kind], truths[kind], strict=True)):
                 answer = attribution(name, game, budget, seed)
-                error, size = np.abs(answer.values - truth), answer.standard_errors
-                inside.append(np.mean(error <= 1.96 * size + 1e-9 * np.abs(truth).max()))
-                made.append(np.sqrt(np.mean(error**2)))
-                told.append(np.sqrt(np.mean(size**2)))
-            held[kind] = float(np.mean(inside))
-        wide = float(np.median(np.array(told) / np.maximum(made, 1e-12)))
-        over: dict[str, float | None] = {"lowest": min(held.values()), "mean": float(np.mean(list(held.values())))}
-        over["wide"] = wide if np.isfinite(wide) else None
-        found.append({"estimator": name, "n": players, "budget": called, "m": budget, **held, **over})
-        print(found[-1], flush=True)
+                error, told = np.abs(answer.values - truth), answer.standard_errors
+                inside = error <= CERTAIN * told + 1e-9 * np.abs(truth).max()
+                held[k, seed] = inside.mean() if np.isfinite(told).all() else np.nan
+                largest.append(inside[np.abs(truth).argmax()])
+                ratios.append(np.sqrt(np.mean(told**2) / max(np.mean(error**2), 1e-24)))
+        told = bool(np.isfinite(held).all())
+        shares = dict(zip(GAMES, held.mean(axis=1).tolist(), strict=True)) if told else dict.fromkeys(GAMES)
+        row = {"estimator": name, "asked": asked or "values", "n": players, "budget": called, "m": budget, **shares}
+        row["mean"] = float(held.mean()) if told else None
+        row["±"] = float(held.mean(axis=0).std(ddof=1) / runs**0.5) if told else None
+        row["largest"] = float(np.mean(largest)) if told else None
+        row["wide"] = float(np.median(ratios)) if told else None
+        found.append(row)
+        print(row, flush=True)
     return found
 
 
@@ -109,10 +154,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--estimators", nargs="+", choices=known, default=known)
-    parser.add_argument("--players", type=int, nargs="+", default=[6, 8, 12])
-    asked = parser.parse_args()
-    table = [row for name in asked.estimators for n in asked.players for row in rows(name, n, asked.runs)]
-    if asked.estimators == known:
+    parser.add_argument("--players", type=int, nargs="+", default=[6, 8, 12, 16])
+    given = parser.parse_args()
+    table = [
+        row
+        for name in given.estimators
+        for asked in KINDS.get(name, ("",))
+        for players in given.players
+        for row in rows(name, asked, players, given.runs)
+    ]
+    if len(sys.argv) == 1:
         save_table("coverage", table, note_of(__doc__))
 
 

@@ -7,7 +7,7 @@ from contracts import EstimatorContract, Polynomial, additive, smallest_budget, 
 
 from smpq_ext import registry
 from smpq_ext.core import SmpqError, TooFew
-from smpq_ext.estimators import odd
+from smpq_ext.estimators import interactions, leverage, odd
 from smpq_ext.estimators.control import aumann_shapley
 from smpq_ext.games import Remainder
 
@@ -369,15 +369,17 @@ class TestInteractions:
 @pytest.mark.parametrize("players", [8, 12])
 def test_intervals_cover_at_the_least_budget_too(name, players):
     """Where a few pairs are all that tells of the noise; benchmarks/coverage.py has more games."""
-    covered = []
+    covered, wide = [], []
     for seed in range(30):
         weights = np.abs(np.random.default_rng(seed).normal(size=players))
         game = Arbitrary(players)
         inside = (np.arange(2**players)[:, None] >> np.arange(players) & 1).astype(bool)
         game.table = 0.1 + 1 / (1 + np.exp(-(inside @ weights)))
         found = last(name, game, smallest_budget(registry.find("estimators", name)(), game), seed)
-        covered += list(np.abs(found.values - truth(game)) < 1.96 * found.standard_errors)
-    assert np.mean(covered) > 0.9
+        error = np.abs(found.values - truth(game))
+        covered += list(error < 1.96 * found.standard_errors)
+        wide.append(np.sqrt(np.mean(found.standard_errors**2) / np.mean(error**2)))
+    assert np.mean(covered) > 0.9 and np.median(wide) < 4
 
 
 @pytest.mark.parametrize("share", odd.SHARES)
@@ -393,7 +395,27 @@ def test_the_prior_of_odd_is_that_of_its_kernel(share):
         values[row] = truth(game)
     kernel = odd._parities(signs @ signs.T, players, share)
     np.testing.assert_allclose(values.T @ kernel, odd._owners(signs, share).T, atol=1e-12)
-    np.testing.assert_allclose(np.diag(values.T @ kernel @ values), odd._prior(players, share), atol=1e-12)
+    np.testing.assert_allclose(np.diag(values.T @ kernel @ values), (1 - 2 / 3 * share) / players, atol=1e-12)
+
+
+@pytest.mark.parametrize("players", range(2, 8))
+def test_what_each_pair_counts_for(players):
+    """In values and in interactions, and what their variances are where every pair's is 1: sums over all pairs."""
+    pairs = leverage.population(players)
+    order = leverage.draw_pairs(players, pairs, np.random.default_rng(0))
+    rows = np.array([next(order) for _ in range(sum(pairs))])
+    game = Arbitrary(players)
+    worth, whole = (game(rows), game(~rows)), game(np.repeat([[False], [True]], players, axis=1))
+    drawn = leverage.Drawn(rows, worth[0] - worth[1], worth[0] + worth[1], whole[1] - whole[0], whole.sum(), pairs)
+    np.testing.assert_allclose(drawn.gaps @ drawn.owners + drawn.total / players, truth(game), atol=1e-12)
+    np.testing.assert_allclose((drawn.owners**2).sum(axis=0), drawn.variance, atol=1e-12)
+    signs = np.concatenate([drawn.signs, np.ones((1, players))])
+    for index in ("shapley", "banzhaf"):
+        exact = last("interactions", game, 2**players, index=index).pairs
+        counts = interactions._second_difference(pairs, signs, signs[:, 0], index)[:, 1:]
+        np.testing.assert_allclose(np.append(drawn.sums, drawn.ends) @ counts, exact[0, 1:], atol=1e-6)
+        variance = (counts[:-1] ** 2).sum(axis=0) + odd.END * counts[-1] ** 2
+        np.testing.assert_allclose(variance, interactions._variance(players, pairs, index), atol=1e-12)
 
 
 @pytest.mark.slow

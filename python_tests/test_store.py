@@ -258,15 +258,17 @@ class TestRecorded:
             assert again(mixtures).tobytes() == values[1].tobytes()
         assert len(evaluator.requests) == 1 and again.computed == 0  # one row is asked to see whether it is the same
 
-    def test_a_study_whose_values_have_changed_is_refused(self):
-        store = MemoryStore()
-        _, memory = recorded(store)
-        memory(np.array([[0, 0, 0], [2, 1, 2]], np.int8))
+    @pytest.mark.parametrize("highest", [0.3, 1e-6])  # a value near 0 would not show the change
+    def test_a_study_whose_values_have_changed_is_refused(self, highest):
+        damage = DAMAGE + np.array([[0, 0, highest / 3 - 0.1], [0, highest / 3, 0], [0, 0, highest / 3 - 0.2]])
+        rows, store = np.array([[0, 0, 0], [2, 1, 2], [2, 1, 1]], np.int8), MemoryStore()
+        known = Recorded(FakeEvaluator(SPACE, damage), store)(rows)
+        np.testing.assert_allclose(known[1], -highest)
         for factor, same in ((1.0001, True), (1.01, False)):
-            other = FakeEvaluator(SPACE, DAMAGE)
+            other = FakeEvaluator(SPACE, damage)
             other.by_group = lambda m, factor=factor, ask=other.by_group: factor * ask(m)
             if same:
-                assert Recorded(other, store)(np.array([[2, 1, 2]], np.int8)) == memory(np.array([[2, 1, 2]], np.int8))
+                np.testing.assert_array_equal(Recorded(other, store)(rows), known)
             else:
                 with pytest.raises(SmpqError, match=r"store: .* has .* now; .*the fingerprint does not see"):
                     Recorded(other, store)

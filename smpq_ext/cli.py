@@ -278,7 +278,8 @@ class _Bar:
         known = self.known()
         typer.echo(
             f"{len(study.engine.slots)} slots, at most {self.total} evaluations at {self.pace:.3g} s (measured): "
-            f"{_duration(self.total * self.pace)}" + (f"; {known} evaluations are known already" if known else "")
+            f"{_duration(self.total * self.pace)}, and what the search itself computes"
+            + (f"; {known} evaluations are known already" if known else "")
         )
         self.start = self.last = time.perf_counter()
         self.progress.start()

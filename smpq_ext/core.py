@@ -210,7 +210,10 @@ class Game(Protocol):
 
 def ask(game: Game, coalitions: Coalitions) -> Values:
     """Values [n] of coalitions [n, players]. Raises SmpqError where the game gives anything but n finite numbers."""
-    values = np.asarray(game(coalitions), np.float64)
+    values = np.asarray(game(coalitions))
+    if values.dtype.kind not in "biuf":
+        raise SmpqError(f"game: values are real numbers, not {values.dtype}")
+    values = values.astype(np.float64)
     if values.shape != (len(coalitions),):
         raise SmpqError(f"game: {len(coalitions)} coalitions get values {list(values.shape)}, not [{len(coalitions)}]")
     if not np.isfinite(values).all():
@@ -220,12 +223,17 @@ def ask(game: Game, coalitions: Coalitions) -> Values:
     return values
 
 
-def pay(budget: int, needed: int, players: int, name: str) -> None:
-    """Raise TooFew where a budget of evaluations is less than an estimator needs, SmpqError where it is none."""
-    if not isinstance(budget, numbers.Integral):
+def check(budget: int, players: int) -> None:
+    """Raise SmpqError where a budget of evaluations is no whole number, or a game has no players."""
+    if not isinstance(budget, numbers.Integral) or isinstance(budget, bool):
         raise SmpqError(f"evaluations: a whole number, not {budget!r}")
     if players < 1:
         raise SmpqError(f"game: it has {players} players, there is nothing to attribute")
+
+
+def pay(budget: int, needed: int, players: int, name: str) -> None:
+    """Raise TooFew where a budget of evaluations is less than an estimator needs, and what `check` raises."""
+    check(budget, players)
     if budget < needed:
         raise TooFew(f"evaluations: {budget} are too few for {name} of {players} players; it needs {needed}")
 

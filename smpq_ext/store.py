@@ -17,6 +17,7 @@ from smpq_ext.core import Assignments, Evaluator, Mixtures, SmpqError, Store, Va
 
 SCHEMA = 2
 SAME, SAME_ZERO = 4e-3, 1e-5  # share of a value by which rounding on another machine may move it, and of one near 0
+SHOWS = 1e-3  # a value that is not near 0
 
 
 class SqliteStore:
@@ -165,13 +166,17 @@ class Recorded:
         self._check()
 
     def _check(self) -> None:
-        """Ask for the assignment of the highest widths that is known once more: no fingerprint sees everything."""
+        """Ask once more for what is known: no fingerprint sees everything.
+
+        That is the assignment of the highest widths, where rounding differs least between machines, of those whose
+        value is not near 0, where a change would not show.
+        """
         known = [key for key in self._known if key[:1] == b"a"]
         if not known:
             return
-        key = max(known, key=lambda key: sum(key[1:]))
-        row = np.frombuffer(key[1:], np.int8)[None]
-        before = float(np.frombuffer(self._known[key]) @ self.groups)
+        values = {key: float(np.frombuffer(self._known[key]) @ self.groups) for key in known}
+        key = max(known, key=lambda key: (abs(values[key]) > SHOWS, sum(key[1:])))
+        row, before = np.frombuffer(key[1:], np.int8)[None], values[key]
         now = float(np.asarray(self.evaluator.by_group(row), np.float64)[0] @ self.groups)
         if not abs(now - before) <= SAME * abs(before) + SAME_ZERO:
             raise SmpqError(

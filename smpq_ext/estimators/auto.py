@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from smpq_ext.core import Attribution, Game, pay
+from smpq_ext.core import Attribution, Game, check
 from smpq_ext.estimators import leverage, odd
 from smpq_ext.estimators.control import Control
 from smpq_ext.estimators.exact import MOST_PLAYERS, Exact
 from smpq_ext.estimators.gaussian import Gaussian
-from smpq_ext.estimators.leverage import ask_pairs, jackknife
+from smpq_ext.estimators.leverage import ask_pairs
 
 __all__ = ["Auto"]
 
@@ -37,7 +37,7 @@ class Auto:
     def steps(self, game: Game, budget: int, rng: np.random.Generator) -> Iterator[Attribution]:
         """An attribution after every batch; arrays [players]."""
         players = game.players
-        pay(budget, 0, players, "any")  # a budget and a game at all
+        check(budget, players)
         if players <= MOST_PLAYERS and budget >= 2**players:
             for step in Exact().steps(game, budget, rng):
                 yield replace(step, reason=f"exact: {budget} evaluations pay for all {2**players} coalitions")
@@ -59,5 +59,4 @@ class Auto:
             first, second = ("odd", "leverage") if missed["odd"] < CLEAR * missed["leverage"] else ("leverage", "odd")
             best = fits[first]
             reason = f"{first}: of pairs left out it misses {missed[first]:.2%}, {second} {missed[second]:.2%}"
-            errors = jackknife(best)
-            yield Attribution(best.values, errors, drawn.evaluations, reason)
+            yield Attribution(best.values, best.standard_errors, drawn.evaluations, reason)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from smpq_ext.core import Attribution, Game, SmpqError, Values, pay
+from smpq_ext.core import Attribution, Game, SmpqError, Values, check
 from smpq_ext.estimators import odd
-from smpq_ext.estimators.leverage import ask_pairs, jackknife
+from smpq_ext.estimators.leverage import ask_pairs
 
 __all__ = ["Control"]
 
@@ -33,12 +33,13 @@ class Control:
 
     A game tells these by `derivatives(points) -> [points, players]` and `parts(most) -> ((share, game), ...)`; without
     weights and both it is 'odd', and `reason` of an attribution says what there was. Standard errors are those of
-    'odd'. `batch` is about how many coalitions a part is asked at once.
+    'odd'; the posterior's deviation of a player is no smaller than its share of what the surrogate says. `batch` is
+    about how many coalitions a part is asked at once.
 
-    Raises SmpqError where the budget pays for fewer than players / 2 pairs in all (or all, if there are fewer). Source:
-    Aumann and Shapley, Values of non-atomic games (1974); Shoemaker, Principles and procedures of multiple matrix
-    sampling (1973); Swersky, Snoek, Adams, Multi-task Bayesian optimization (NIPS 2013), whose tasks are the groups
-    here.
+    Raises SmpqError where the budget pays for fewer than players // 2 + 1 pairs in all (or all, if there are fewer).
+    Source: Aumann and Shapley, Values of non-atomic games (1974); Shoemaker, Principles and procedures of multiple
+    matrix sampling (1973); Swersky, Snoek, Adams, Multi-task Bayesian optimization (NIPS 2013), whose tasks are the
+    groups here.
     """
 
     points: int = 1
@@ -47,7 +48,7 @@ class Control:
 
     def steps(self, game: Game, budget: int, rng: np.random.Generator) -> Iterator[Attribution]:
         """An attribution after every batch of pairs; arrays [players]."""
-        pay(budget, 0, game.players, "any")  # a budget and a game at all
+        check(budget, game.players)
         weights = None if self.weights is None else np.asarray(self.weights, np.float64)
         if weights is not None and weights.shape != (game.players,):
             raise SmpqError(f"weights: one for each of {game.players} players, not {list(weights.shape)}")
@@ -69,7 +70,7 @@ class Control:
             helps += ["surrogates from " + ("derivatives" if passes else "given weights")] if useful else []
             found = odd.fit(drawn, shares, weights if useful else None)
             reason = f"control: {' and '.join(helps) or 'neither parts nor surrogates, as odd'}"
-            yield Attribution(found.values, jackknife(found), passes + drawn[0].evaluations, reason)
+            yield Attribution(found.values, found.standard_errors, passes + drawn[0].evaluations, reason)
 
 
 def aumann_shapley(derivatives: Callable[[Values], NDArray[np.float64]], points: int) -> Values:

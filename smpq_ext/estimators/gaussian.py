@@ -11,11 +11,13 @@ from math import comb
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_solve
+from scipy.special import softmax
 from scipy.stats import hypergeom
 
 from smpq_ext.core import Attribution, Game, Values
 from smpq_ext.estimators.leverage import Drawn, ask_pairs, draw_pairs, fit
 from smpq_ext.estimators.odd import END, factored, likelihood
+from smpq_ext.stopping import student
 
 __all__ = ["Gaussian"]
 
@@ -33,8 +35,8 @@ class Gaussian:
     First none and all, then every single player with all others, then random halves, each with its complement. The
     prior of a pair's gap v(S) - v(complement) is additive plus the odd part of a kernel agreement^(players that
     differ), which holds interactions of every order. Values are those under the likeliest shares, deviations from them
-    are averaged over all by likelihood. Meant for fewer than 4 x players evaluations, where it beats 'leverage'; the
-    time grows with the cube of the evaluations. `batch` is about how many coalitions are asked at once.
+    are averaged over all by likelihood, with Student's factor for as many pairs. 'auto' takes it for few evaluations;
+    the time grows with the cube of these. `batch` is about how many coalitions are asked at once.
 
     Raises SmpqError where the budget is too small, and names the least. Source: Rasmussen and Williams, Gaussian
     processes for machine learning (2006), section 2.2; its Shapley values are exact sums over the kernel.
@@ -83,29 +85,28 @@ def _posterior(drawn: Drawn) -> tuple[Values, Values]:
     inner, size = signs @ signs.T, rows.sum(axis=1)
     jitter = np.append(np.ones(len(drawn.gaps)), END)
 
-    def prior(share: float, agreement: float, noise: float, some: NDArray[np.int64]) -> NDArray[np.float64]:
+    def covariance(share: float, agreement: float, noise: float, some: NDArray[np.int64]) -> NDArray[np.float64]:
         return _kernel(inner[np.ix_(some, some)], players, share, agreement) + np.diag(noise * jitter[some])
 
     every = np.arange(len(targets))
     some = np.append(every[:-1][:CHOOSE], every[-1])
     choices = [c for c in product(SHARES, AGREEMENTS, NOISES) if c[0] or c[1] == AGREEMENTS[0]]
-    likely = np.array([likelihood(prior(*choice, some), targets[some]) for choice in choices])
-    weights = np.exp(likely - likely.max())
+    likely = np.array([likelihood(covariance(*choice, some), targets[some]) for choice in choices])
+    kept = np.flatnonzero(likely >= likely.max() + np.log(UNLIKELY))
     means, variances = [], []
-    for share, agreement, noise in (choices[i] for i in np.flatnonzero(weights > UNLIKELY)):
-        factor, _ = factored(partial(prior, share, agreement, some=every), noise)
+    for share, agreement, noise in (choices[i] for i in kept):
+        factor, _ = factored(partial(covariance, share, agreement, some=every), noise)
         dual = cho_solve((factor, True), targets)
         shared = np.array([_share(players, int(s), agreement) for s in size])  # [rows, 2]: of players outside, inside
         cross = (1 - share) / players * signs + share * np.where(rows, shared[:, 1:], shared[:, :1])
         values = cross.T @ dual
         known = np.einsum("pi,pi->i", cross, cho_solve((factor, True), cross))
-        unknown = np.maximum((1 - share) / players + share * _prior(players, agreement) - known, 0)
+        unknown = np.maximum((1 - share) / players + share * _variance(players, agreement) - known, 0)
         means.append(values + (drawn.total - values.sum()) / players)
-        variances.append(unknown * float(targets @ dual) / len(targets))
-    weights = weights[weights > UNLIKELY]
-    best = means[int(weights.argmax())]
+        variances.append(unknown * float(targets @ dual) / len(targets) * student(len(targets)) ** 2)
+    best = means[int(likely[kept].argmax())]
     apart = np.array(variances) + (np.array(means) - best) ** 2
-    return best, np.sqrt(weights / weights.sum() @ apart)
+    return best, np.sqrt(softmax(likely[kept]) @ apart)
 
 
 def _kernel(inner: NDArray[np.float64], players: int, share: float, agreement: float) -> NDArray[np.float64]:
@@ -143,7 +144,7 @@ def _share(players: int, size: int, agreement: float) -> tuple[float, float]:
 
 
 @lru_cache(maxsize=256)
-def _prior(players: int, agreement: float) -> float:
+def _variance(players: int, agreement: float) -> float:
     """Prior variance of a Shapley value of what is not additive, where that of a gap is 1."""
     others = players - 1
     s, t, both = np.meshgrid(*[np.arange(players)] * 3, indexing="ij")

@@ -14,8 +14,9 @@ from scipy.linalg import cho_solve
 
 from smpq_ext.core import Attribution, Game, SmpqError, Values
 from smpq_ext.estimators import odd
-from smpq_ext.estimators.leverage import Drawn, ask_pairs, errors, jackknife
+from smpq_ext.estimators.leverage import Drawn, ask_pairs, jackknife
 from smpq_ext.estimators.odd import END, factored, likelihood
+from smpq_ext.stopping import student
 
 __all__ = ["Interactions"]
 
@@ -34,9 +35,9 @@ class Interactions:
     difference evenly over the sizes of coalitions, "banzhaf" over all coalitions, which suffers less from noise: both
     by ridge regression on the parities of two and of four players, their shares and the noise being the likeliest; a
     pair that was drawn stands for itself, so sizes that are enumerated are exact. "faithful" are the pairs of the best
-    second-order model under the Shapley kernel, by least squares. Standard errors are delete-one jackknife errors, for
-    the first two no less than the posterior's; below 10 x players evaluations they may still be too small. `batch` is
-    about how many coalitions are asked at once.
+    second-order model under the Shapley kernel, by least squares. Standard errors of values
+    are those of 'odd', of pairs delete-one jackknife errors, for the first two no less than the posterior's deviations
+    with Student's factor. `batch` is about how many coalitions are asked at once.
 
     Raises SmpqError for another index, or where the budget is too small, and names the least. Source: Grabisch and
     Roubens, An axiomatic approach to the concept of interaction (1999); Tsai, Yeh, Ravikumar, Faith-Shap (JMLR 2023);
@@ -60,7 +61,9 @@ class Interactions:
             pairs, pair_errors = np.zeros((2, players, players))
             for i, (row, row_errors) in enumerate(fit(drawn, self.index)):
                 pairs[i], pair_errors[i] = row, row_errors
-            yield Attribution(found.values, jackknife(found), drawn.evaluations, pairs=pairs, pair_errors=pair_errors)
+            yield Attribution(
+                found.values, found.standard_errors, drawn.evaluations, pairs=pairs, pair_errors=pair_errors
+            )
 
 
 def _rows(drawn: Drawn) -> tuple[NDArray[np.float64], Values]:
@@ -82,12 +85,11 @@ def _ridge(drawn: Drawn, index: str) -> Iterator[tuple[Values, Values]]:
     factor, noise = factored(lambda noise: _kernel(inner, players, share, noise), noise)
     inverse = cho_solve((factor, True), np.eye(len(sums)))
     dual = inverse @ sums
-    residuals = dual * np.append(np.full(len(sums) - 1, noise), noise * END)
+    jitter = np.append(np.ones(len(sums) - 1), END)
     left_out = (dual / np.diag(inverse))[:-1]
     whole, scale = signs.sum(axis=1), float(sums @ dual) / len(sums)
-    prior = 4 * (1 - share) / max(comb(players, 2), 1)
-    if share and index == "shapley":
-        prior += 4 * share / comb(players, 4) / 9 * comb(players - 2, 2)
+    prior = 4 / max(comb(players, 2), 1) * (1 - (share / 3 if index == "shapley" else share))
+    prior += noise * _variance(players, drawn.population, index)
     for i, own in enumerate(signs.T):
         both = own[:, None] * signs  # [rows, players]
         # a parity of two counts double in the second difference, one of four gives a third of that to each of its pairs
@@ -95,25 +97,31 @@ def _ridge(drawn: Drawn, index: str) -> Iterator[tuple[Values, Values]]:
         if share and index == "shapley":
             others = whole[:, None] - own[:, None] - signs
             owner = owner + 2 * share / comb(players, 4) / 3 * both * (others**2 - (players - 2)) / 2
+        # the noise is part of the game: a pair that was drawn stands for itself with what the ridge leaves of it
+        owner = owner + noise * jitter[:, None] * _second_difference(drawn.population, signs, own, index)
         solve = owner.T @ inverse
-        row = solve @ sums + _second_difference(drawn, signs, own, index).T @ residuals
+        row = solve @ sums
         # no less than the posterior's, which knows what the ridge has drawn towards 0
-        unknown = np.sqrt(scale * np.maximum(prior - (solve * owner.T).sum(axis=1), 0)) * (drawn.seen < 1).any()
-        row_errors = np.maximum(errors(solve[:, :-1], left_out, drawn.seen), unknown)
+        unknown = np.maximum(prior - (solve * owner.T).sum(axis=1), 0) * (drawn.seen < 1).any()
+        least = student(len(sums)) * np.sqrt(scale * unknown)
+        row_errors = np.maximum(jackknife(solve[:, :-1], left_out, drawn.seen), least)
         row[i] = row_errors[i] = 0.0
         yield row, row_errors
 
 
-def _second_difference(drawn: Drawn, signs: NDArray[np.float64], own: Values, index: str) -> NDArray[np.float64]:
-    """What a row's sum counts for in one player's interactions [rows, players], by the share of its size that is drawn.
+def _second_difference(
+    population: list[int], signs: NDArray[np.float64], own: Values, index: str
+) -> NDArray[np.float64]:
+    """What a row's sum counts for in one player's interactions, [rows, players].
 
     The Shapley index is the sum over the sizes s of the mean of v(S) n / (s (s - 1)) where S has both players,
     n / ((n - s) (n - s - 1)) where it has none, -n / (s (n - s)) where it has one; complements count alike.
     """
     players = signs.shape[1]
     size = (signs > 0).sum(axis=1)
-    half = np.where(2 * size == players, 0.5, 1.0)
-    share = np.append(drawn.seen, 1.0) * half / np.bincount(size)[size]
+    sizes = np.zeros(players + 1)
+    sizes[1 : len(population) + 1], sizes[players] = population, 1
+    share = np.where(2 * size == players, 0.5, 1.0) / sizes[size]
     both = own[:, None] * signs
     if index == "banzhaf":
         ways = np.array([comb(players, int(s)) / 2.0 ** (players - 2) for s in size])
@@ -122,6 +130,20 @@ def _second_difference(drawn: Drawn, signs: NDArray[np.float64], own: Values, in
     split = players / np.maximum(size * (players - size), 1)
     alike = np.where(own > 0, inside, outside)
     return np.asarray(share[:, None] * np.where(both > 0, alike[:, None], -split[:, None]), np.float64)
+
+
+def _variance(players: int, population: list[int], index: str) -> float:
+    """Of an interaction, where the sum of every pair has variance 1 and is independent, that of all and none END."""
+    end = 4.0 ** (2 - players) if index == "banzhaf" else 1 / max(players - 1, 1) ** 2
+    found = END * end
+    for s, whole in enumerate(population, 1):
+        if index == "banzhaf":
+            squares = comb(players, s) ** 2 / 4.0 ** (players - 2)
+        else:
+            ways = [way for way in (s * (s - 1), (players - s) * (players - s - 1), s * (players - s) / 2) if way]
+            squares = players / (players - 1) * sum(1 / way for way in ways)
+        found += squares / whole * (0.25 if 2 * s == players else 1)
+    return found
 
 
 def _least_squares(drawn: Drawn, index: str) -> Iterator[tuple[Values, Values]]:
@@ -141,7 +163,7 @@ def _least_squares(drawn: Drawn, index: str) -> Iterator[tuple[Values, Values]]:
     for i in range(players):
         own = 2 * solve[place[i]]
         own[i] = 0.0
-        yield own @ sums, errors(own[:, :-1], left_out, drawn.seen)
+        yield own @ sums, jackknife(own[:, :-1], left_out, drawn.seen)
 
 
 def _kernel(inner: NDArray[np.float64], players: int, share: float, noise: float) -> NDArray[np.float64]:

@@ -8,7 +8,6 @@ from math import comb
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
 
 from smpq_ext.core import Attribution, Coalitions, Game, Values, ask, pay
 
@@ -35,7 +34,7 @@ class Leverage:
         least = 2 * game.players
         for drawn in ask_pairs("leverage regression", game, budget, least, self.batch, rng):
             found = fit(drawn)
-            yield Attribution(found.values, jackknife(found), drawn.evaluations)
+            yield Attribution(found.values, found.standard_errors, drawn.evaluations)
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,19 @@ class Drawn:
         return np.asarray(1 / (size * (players - size) * np.bincount(size)[size] * (1 + (2 * size == players))))
 
     @property
-    def unseen(self) -> float:
-        """Which share of the pairs of a size has not been drawn, on average over the sizes."""
-        size = self.coalitions.sum(axis=1)
-        count = np.bincount(size, minlength=len(self.population) + 1)[1:]
-        return float(np.mean(1 - count / self.population)) if self.population else 0.0
+    def owners(self) -> NDArray[np.float64]:
+        """What a pair's gap counts for in the Shapley values, by its players, [pairs, players]."""
+        players = self.coalitions.shape[1]
+        size = self.coalitions.sum(axis=1, keepdims=True)
+        whole = np.array([0, *self.population])[size] * (1 + (2 * size == players))
+        return np.asarray(np.where(self.coalitions, 1 / size, -1 / (players - size)) / whole, np.float64)
+
+    @property
+    def variance(self) -> float:
+        """Of a Shapley value, where every pair's gap has variance 1 and is independent."""
+        players = self.coalitions.shape[1]
+        ways = [s * (players - s) * (1 + 3 * (2 * s == players)) for s in range(1, len(self.population) + 1)]
+        return float(sum(1 / (way * whole) for way, whole in zip(ways, self.population, strict=True)))
 
     @property
     def seen(self) -> NDArray[np.float64]:
@@ -160,8 +167,17 @@ class Fit:
     left_out: Values  # [pairs], the same by the fit without the pair; NaN where without it there is none
     solve: NDArray[np.float64]  # [players, pairs], what a gap moves the values by
     seen: Values  # [pairs], which share of the pairs of its size is drawn
-    besides: Values  # [players], standard errors that are no gap's doing
-    least: Values  # [players], standard errors of a prior that saw the gaps: no error is smaller
+    besides: Values  # [players], standard errors of what is added to the regression
+    least: Values  # [players], the posterior's deviations, where there is a prior: no standard error is smaller
+
+    @property
+    def standard_errors(self) -> Values:
+        """Delete-one-pair jackknife errors [players], with the finite population correction of each size.
+
+        Infinite where, without one of the pairs, there would be no answer.
+        """
+        sampled = np.hypot(jackknife(self.solve, self.left_out, self.seen), self.besides)
+        return np.asarray(np.maximum(sampled, self.least), np.float64)
 
 
 def fit(drawn: Drawn) -> Fit:
@@ -183,22 +199,8 @@ def fit(drawn: Drawn) -> Fit:
     return Fit(drawn.total / players + offsets, residuals, left_out, solve, drawn.seen, *np.zeros((2, players)))
 
 
-def jackknife(found: Fit) -> Values:
-    """Delete-one-pair standard errors [players], with the finite population correction of each size.
-
-    Infinite where, without one of the pairs, there would be no answer.
-    """
-    sampled = np.hypot(errors(found.solve, found.left_out, found.seen), found.besides)
-    return np.asarray(np.maximum(sampled, found.least), np.float64)
-
-
-def student(free: int) -> float:
-    """How much wider an interval of 95 % is where its width was told by so many values."""
-    return float(stdtrit(free, 0.975) / stdtrit(np.inf, 0.975))
-
-
-def errors(solve: NDArray[np.float64], left_out: Values, seen: Values) -> Values:
-    """The same for what else is linear in the gaps, or sums: `solve` [results, pairs] times these."""
+def jackknife(solve: NDArray[np.float64], left_out: Values, seen: Values) -> Values:
+    """Delete-one errors [results] of what is linear in the gaps, or sums: `solve` [results, pairs] times these."""
     partly = seen < 1
     if np.isnan(left_out[partly]).any():
         return np.full(len(solve), np.inf)

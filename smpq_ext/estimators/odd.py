@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import comb
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,8 @@ from scipy.linalg import LinAlgError, cho_solve, cholesky
 
 from smpq_ext.core import Attribution, Game, Values
 from smpq_ext.estimators.adjusted import missed_by
-from smpq_ext.estimators.leverage import Drawn, Fit, ask_pairs, jackknife, student
+from smpq_ext.estimators.leverage import Drawn, Fit, ask_pairs
+from smpq_ext.stopping import student
 
 __all__ = ["Odd"]
 
@@ -35,11 +35,13 @@ class Odd:
     Shapley values depend on the odd part of a game alone, and there a parity is shared equally by its players. The
     kernel of all triples is a polynomial of the inner product of two coalitions' signs, so thousands of them cost
     nothing, and how much they and the noise may explain is what is likeliest. Exact for games of order two, and for
-    those of order four once there are enough pairs; else drawn towards 0 by the ridge. A pair that was drawn stands for
-    itself, so sizes that are enumerated are exact. Pairs are drawn as by 'leverage'; standard errors are delete-one
-    jackknife errors over them, but no less than the posterior's deviations, with Student's factor for as many pairs:
-    few pairs, left out, do not show what the ridge has not seen. `batch` is about how many coalitions are asked at
-    once.
+    those of order four once there are enough pairs; else drawn towards 0 by the ridge. The noise is part of the game:
+    a pair that was drawn stands for itself, so sizes that are enumerated are exact, and where half of a size or more
+    is drawn, what the ridge without a pair leaves of it stands for the rest. Pairs are drawn as by 'leverage'.
+
+    Standard errors are delete-one jackknife errors over the pairs, and the spread of what stands for the rest, but no
+    less than the posterior's deviations with Student's factor for as many pairs: leaving out one of few does not show
+    what the ridge has not seen. `batch` is about how many coalitions are asked at once.
 
     Raises SmpqError where the budget pays for fewer than players pairs (or all, if there are fewer). Source: Fumagalli,
     Butler, Kang, Ramchandran, Witter, An odd estimator for Shapley values (arXiv 2602.01399), here with every triple in
@@ -52,7 +54,7 @@ class Odd:
         """An attribution after every batch of pairs; arrays [players]."""
         for drawn in ask_pairs("odd regression", game, budget, game.players, self.batch, rng):
             found = fit([drawn])
-            yield Attribution(found.values, jackknife(found), drawn.evaluations)
+            yield Attribution(found.values, found.standard_errors, drawn.evaluations)
 
 
 def fit(parts: Sequence[Drawn], shares: Sequence[float] = (1.0,), surrogate: Values | None = None) -> Fit:
@@ -88,29 +90,35 @@ def fit(parts: Sequence[Drawn], shares: Sequence[float] = (1.0,), surrogate: Val
     dual = cho_solve((factor, True), gaps)
     own, known = _owners(signs, share), games @ of_players.T
     owner = own + LEVEL * known + apart * np.asarray(shares)[part][:, None] * (own + known)
-    values, residuals = owner.T @ dual, (noise * jitter * dual)[: len(seen)]
-    left_out, variance = (dual / np.diag(inverse))[: len(seen)], np.zeros(players)
+    # the noise is part of the game: a pair that was drawn stands for itself with what the ridge leaves of it
+    own_gaps = np.concatenate([*(drawn.owners for drawn in parts), np.full((len(parts), players), 1 / players)])
+    owner += (noise * jitter * np.asarray(shares)[part])[:, None] * own_gaps
+    solve = owner.T @ inverse
+    values, left_out, variance = owner.T @ dual, (dual / np.diag(inverse))[: len(seen)], np.zeros(players)
     for k, drawn in enumerate(parts):
-        # A pair that was drawn stands for itself with what the ridge leaves of it; where most of a size were, for the
-        # others, too, with what the ridge without it leaves.
+        # where most of a size were, each stands for the others, too, with what the ridge without it leaves
         of_part = np.s_[k * count : (k + 1) * count]
-        missed, error = missed_by(drawn, residuals[of_part], np.where(drawn.seen >= MOSTLY, left_out[of_part], 0))
+        others = np.where(drawn.seen >= MOSTLY, left_out[of_part], 0)
+        missed, error = missed_by(drawn, np.zeros(count), others)
         values += shares[k] * missed
         variance += (shares[k] * error) ** 2
-    total = float(np.dot(shares, [drawn.total for drawn in parts]))
-    solve = owner.T @ inverse
-    alone, regressors = _prior(players, share), (of_players**2).sum(axis=1)
-    unknown = alone + LEVEL * regressors + apart * np.square(shares).sum() * (alone + regressors)
-    unknown = np.maximum(unknown - (solve * owner.T).sum(axis=1), 0)
-    scale = float(gaps @ dual) / len(gaps) * parts[0].unseen
+    alone, regressors = (1 - 2 / 3 * share) / players, (of_players**2).sum(axis=1)
+    weight = np.square(shares).sum()
+    unknown = alone + LEVEL * regressors + apart * weight * (alone + regressors)
+    unknown += weight * noise * (parts[0].variance + END / players**2)
+    unknown = np.maximum(unknown - (solve * owner.T).sum(axis=1), 0) * (seen < 1).any()  # or what rounding leaves
+    least = student(len(gaps)) * np.sqrt(float(gaps @ dual) / len(gaps) * unknown)
+    if surrogate is not None:  # what it misses of a player is a share of what it says, but the prior is for all alike
+        size = np.abs(surrogate) / np.sqrt((surrogate**2).mean())
+        least = np.maximum(least, size * np.sqrt((least**2).mean()))
     return Fit(
-        values=values + (total - values.sum()) / players,
-        residuals=residuals,
+        values=values,
+        residuals=(noise * jitter * dual)[: len(seen)],
         left_out=left_out,
         solve=solve[:, : len(seen)],
         seen=seen,
         besides=np.sqrt(variance),
-        least=student(len(gaps)) * np.sqrt(scale * unknown),
+        least=least,
     )
 
 
@@ -156,12 +164,6 @@ def _owners(signs: NDArray[np.float64], share: float) -> NDArray[np.float64]:
         pairs = (others**2 - (players - 1)) / 2  # sum of the products of two others
         owner += share / _triples(float(players), players) / 3 * signs * pairs
     return owner
-
-
-def _prior(players: int, share: float) -> float:
-    """Prior variance of a Shapley value, that of a gap being 1."""
-    triples = share / _triples(float(players), players) / 9 * comb(players - 1, 2) if share else 0.0
-    return (1 - share) / players + triples
 
 
 def _triples(inner: Any, players: int) -> Any:

@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smpq_ext.core import Attribution, Game, Values, ask, pay
-from smpq_ext.estimators.leverage import student
+from smpq_ext.stopping import student
 
 __all__ = ["Permutation"]
 
 
 @dataclass(frozen=True)
 class Permutation:
-    """Mean of the marginals along random permutations; unbiased, standard errors over the permutations.
+    """Mean of the marginals along random permutations; unbiased, standard errors by `standard_error` over them.
 
     `batch` is about how many coalitions are asked at once.
 
@@ -43,12 +43,13 @@ class Permutation:
 def standard_error(found: NDArray[np.float64]) -> Values:
     """Of the mean of independent estimates [runs, players]; of few, it is widened by Student's factor at 95 %.
 
-    Where all estimates of a player agree, they may by chance: it gets the spread of the others.
+    Where all estimates of a player agree, they may by chance: it gets the root mean square of the others' spreads.
     """
     runs = len(found)
     spread = found.std(axis=0, ddof=1)
-    pooled = np.sqrt((spread**2).mean())
-    spread = np.where(np.ptp(found, axis=0) == 0, pooled, spread)
+    agree = np.ptp(found, axis=0) <= 1e-9 * np.abs(found).max()
+    if not agree.all():
+        spread = np.where(agree, np.sqrt((spread[~agree] ** 2).mean()), spread)
     return np.asarray(student(runs - 1) * spread / np.sqrt(runs), np.float64)
 
 

@@ -42,7 +42,8 @@ class Shapley:
     resamples ("plan"), see `smpq_ext.stopping`; the estimator is then 'odd' by default, which can answer sooner.
     'control' uses derivatives here and no parts, for what the game asked on all samples is used again.
 
-    Raises SmpqError where there is no such estimator or stopping rule, or a number is out of range.
+    Raises SmpqError where there is no such estimator or stopping rule, the estimator is not for this game ('exact',
+    'truncated'), or a number is out of range.
     """
 
     holdout = True
@@ -58,17 +59,16 @@ class Shapley:
     ) -> None:
         if stop not in ("", "intervals", "plan"):
             raise SmpqError(f"stop: 'intervals' or 'plan', not {stop!r}")
-        if interactions and estimator:
+        if interactions and estimator not in ("", "interactions"):
             raise SmpqError(f"estimator: {estimator!r} finds no interactions; leave it out with interactions=True")
         if not 0 < patience <= 1:
             raise SmpqError(f"patience: a share above 0, at most 1, not {patience!r}")
         self.estimator = estimator or ("interactions" if interactions else "odd" if stop else "leverage")
         registry.find("estimators", self.estimator)
-        if self.estimator in ("exact", "truncated"):
-            raise SmpqError(
-                f"estimator: {self.estimator!r} cannot play the neighbourhood game, of which about four coalitions a "
-                "slot are asked, and whose values may be negative; 'leverage', 'odd', 'gaussian' and 'control' can"
-            )
+        if self.estimator == "exact":
+            raise SmpqError("estimator: 'exact' needs all coalitions, and about four a slot are asked; leave it out")
+        if self.estimator == "truncated":
+            raise SmpqError("estimator: 'truncated' needs values above 0, which those here may not be; leave it out")
         self.interactions, self.stop = interactions, stop
         self.patience = patience  # share of the refinement's evaluations without progress after which it stops
         self.finalists = finalists
@@ -111,15 +111,13 @@ class Shapley:
             if self._is_enough(problem, scores, near, step):
                 break
         missed, error = _missed(near, probes, apart, on_search, on_apart)
-        share = 100 * min(max(missed, 0.0), 1.0)  # an unbiased estimate of a share may lie outside of it
-        finding = f"additive scores miss {share:.1f} ± {100 * error:.1f} % of the variance near the budget"
+        share = min(max(missed, 0.0), 1.0)  # where the estimate of a share is none
+        finding = f"additive scores miss {100 * share:.1f} ± {100 * error:.1f} % of the variance near the budget"
         finalists = Uniform().allocate(problem).assignment[None]
         if missed < 2 * error or missed < 0.01:
-            finding = f"additive within noise: {finding}"
+            finding = f"additive within {'noise' if missed < 2 * error else '1 %'}: {finding}"
         else:
-            starts = np.stack(
-                [plan, solve(scores.damage * near.ratio(near.attribution.values)[:, None], problem.budget)]
-            )
+            starts = np.stack([plan, solve(scores.damage * near.ratio(near.attribution)[:, None], problem.budget)])
             if self.interactions:
                 starts = np.concatenate([starts, self._quadratic(problem, scores, near)])
             starts = np.unique(starts[: max(left - near.game.spent - probes, 1)], axis=0)
@@ -146,8 +144,11 @@ class Shapley:
         if self.stop != "plan":
             return False
 
+        certain = np.zeros(len(problem.space.slots))  # not shrunk, or the widest errors would make the stablest plan
+
         def plan_of(values: Values) -> Assignments:
-            return Milp()(scores.damage * near.ratio(values)[:, None], problem.budget)
+            played = replace(near.attribution, values=values, standard_errors=certain)
+            return Milp()(scores.damage * near.ratio(played)[:, None], problem.budget)
 
         return stopping.stable(near.attribution, plan_of, problem.rng(4, found.evaluations))
 
@@ -216,12 +217,12 @@ class _Neighbourhood:
             self.problem.progress("neighbourhood game", step.evaluations, budget)
             yield replace(step, values=values[slots])
 
-    def ratio(self, values: Values) -> Values:
+    def ratio(self, played: Attribution) -> Values:
         """What each slot is worth here, [slots], in units of its single-slot score; shrunk by its standard error."""
-        slots, found = self.game.slots, np.ones(len(values))
+        slots, found = self.game.slots, np.ones(len(played.values))
         measured = np.maximum(self.gain, 1e-12)
-        weight = measured**2 / (measured**2 + self.attribution.standard_errors[slots] ** 2)
-        found[slots] = np.clip(1 + weight * (values[slots] - self.gain) / measured, 0.2, 5.0)
+        weight = measured**2 / (measured**2 + played.standard_errors[slots] ** 2)
+        found[slots] = np.clip(1 + weight * (played.values[slots] - self.gain) / measured, 0.2, 5.0)
         return found
 
     def draw(self, rng: np.random.Generator, scale: float) -> tuple[Values, Table]:
@@ -266,7 +267,7 @@ def _affordable(steps: Iterator[Attribution]) -> Iterator[Attribution]:
     except TooFew as error:
         raise TooFew(
             f"{error}; so many the neighbourhood game gets, about four a slot, however many the search may spend: "
-            "'leverage', 'odd', 'gaussian' and 'control' can do with them"
+            "leave `estimator` out"
         ) from error
 
 
@@ -339,7 +340,7 @@ def _confirm(plan: Assignments, finalists: Assignments, search: Evaluator, apart
     losses = -apart.by_group(rows[[0, best]])
     difference = losses[1] - losses[0]
     mean, error = float(difference @ apart.groups), standard_error(difference, apart.groups)
-    said = f"loss {mean:+.4f} ± {error:.4f} on samples kept apart"
+    said = f"loss {mean:+.3g} ± {error:.2g} on samples kept apart"
     if mean < -error:
         return rows[best], f"another plan is confirmed, {said}"
     if math.isinf(error):
