@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import smpq_ext
+from benchmarks import coverage
 from benchmarks.gpu import engine, ops
 from python_tests.random_models import build
+from smpq_ext.estimators.control import aumann_shapley
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -35,6 +38,20 @@ def test_benchmarks_run(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # what torch.compile says of itself
+@pytest.mark.parametrize("kind", coverage.GAMES)
+def test_the_games_of_coverage_are_what_they_tell(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Derivatives that are not off integrate to the Shapley values, and the parts' mean is the game."""
+    monkeypatch.setattr(coverage, "OFF", 0.0)
+    game = coverage.game_of(kind, "passes, parts", 6, seed=1)
+    exact = coverage.attribution("exact", game, 2**6, 0).values
+    np.testing.assert_allclose(aumann_shapley(game.derivatives, 8), exact, atol=1e-12)
+    rows = np.random.default_rng(0).random((9, 6)) < 0.5
+    for most in (1, 3, 8, 20):
+        parts = game.parts(most)
+        assert len(parts) == min(most, coverage.GROUPS)
+        np.testing.assert_allclose(sum(share * part(rows) for share, part in parts), game(rows), atol=1e-12)
+
+
 def test_the_gpu_benchmark_computes_what_its_baselines_do() -> None:
     cases = [ops.fake_quantize(1 << 12, torch.float32, per_channel, CPU) for per_channel in (False, True)]
     cases += [ops.coalition(1 << 12, 3, mixed, torch.bfloat16, CPU) for mixed in (False, True)]

