@@ -75,7 +75,7 @@ def errors(folder: Path) -> dict:
     if distributed.rank() == 1:
         ev.fingerprint = "another"
     caught("other study", lambda: distributed.shared(ev))
-    caught("store", lambda: distributed.kept(lambda: SqliteStore("/nowhere/evaluations.sqlite")))
+    caught("store", lambda: distributed.kept(lambda: SqliteStore("/")))
     return found
 
 

@@ -36,8 +36,6 @@ def test_benchmarks_run(name: str) -> None:
     assert done.returncode == 0, done.stdout[-2000:]
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # what torch.compile says of itself
 @pytest.mark.parametrize("kind", coverage.GAMES)
 def test_the_games_of_coverage_are_what_they_tell(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Derivatives that are not off integrate to the Shapley values, and the parts' mean is the game."""
@@ -52,6 +50,8 @@ def test_the_games_of_coverage_are_what_they_tell(kind: str, monkeypatch: pytest
         np.testing.assert_allclose(sum(share * part(rows) for share, part in parts), game(rows), atol=1e-12)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # what torch.compile says of itself
 def test_the_gpu_benchmark_computes_what_its_baselines_do() -> None:
     cases = [ops.fake_quantize(1 << 12, torch.float32, per_channel, CPU) for per_channel in (False, True)]
     cases += [ops.coalition(1 << 12, 3, mixed, torch.bfloat16, CPU) for mixed in (False, True)]

@@ -213,7 +213,7 @@ BAD = {
     "fixed: 'absent' is no slot": search(fixed="absent=8"),
     "fixed: 0: a width from 1 to 16": search(fixed="0=99"),
     "store: garbage.sqlite is damaged": search(store="garbage.sqlite"),
-    "store: cannot use absent/store": search(store="absent/store"),
+    "store: cannot use cli_nets.py/store": search(store="cli_nets.py/store"),
     "notes.txt: File exists": search(out="notes.txt"),
     "Missing option '--model'": ["search"],
     "No such option": [*search(), "--no-such-option"],

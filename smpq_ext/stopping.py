@@ -5,16 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from scipy.special import stdtrit
 
 from smpq_ext.core import Assignments, Attribution, Values
 
 CERTAIN = 1.96  # standard errors of an interval of 95 %
-
-
-def student(free: int) -> float:
-    """How much wider an interval of 95 % is where its width was told by so many values."""
-    return float(stdtrit(free, 0.975) / stdtrit(np.inf, 0.975))
 
 
 def separated(found: Attribution) -> bool:

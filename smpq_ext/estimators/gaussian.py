@@ -15,9 +15,8 @@ from scipy.special import softmax
 from scipy.stats import hypergeom
 
 from smpq_ext.core import Attribution, Game, Values
-from smpq_ext.estimators.leverage import Drawn, ask_pairs, draw_pairs, fit
+from smpq_ext.estimators.leverage import Drawn, ask_pairs, draw_pairs, fit, student
 from smpq_ext.estimators.odd import END, factored, likelihood
-from smpq_ext.stopping import student
 
 __all__ = ["Gaussian"]
 

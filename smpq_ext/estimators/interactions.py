@@ -14,9 +14,8 @@ from scipy.linalg import cho_solve
 
 from smpq_ext.core import Attribution, Game, SmpqError, Values
 from smpq_ext.estimators import odd
-from smpq_ext.estimators.leverage import Drawn, ask_pairs, jackknife
+from smpq_ext.estimators.leverage import Drawn, ask_pairs, jackknife, student
 from smpq_ext.estimators.odd import END, factored, likelihood
-from smpq_ext.stopping import student
 
 __all__ = ["Interactions"]
 

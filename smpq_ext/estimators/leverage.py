@@ -8,6 +8,7 @@ from math import comb
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from smpq_ext.core import Attribution, Coalitions, Game, Values, ask, pay
 
@@ -197,6 +198,11 @@ def fit(drawn: Drawn) -> Fit:
     unique = good.sum() == players - 1
     left_out = np.where(unique & (free > 1e-9), residuals / np.maximum(free, 1e-9), np.nan)
     return Fit(drawn.total / players + offsets, residuals, left_out, solve, drawn.seen, *np.zeros((2, players)))
+
+
+def student(free: int) -> float:
+    """How much wider an interval of 95 % is where its width was told by so many values."""
+    return float(stdtrit(free, 0.975) / stdtrit(np.inf, 0.975))
 
 
 def jackknife(solve: NDArray[np.float64], left_out: Values, seen: Values) -> Values:

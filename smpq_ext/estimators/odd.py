@@ -14,8 +14,7 @@ from scipy.linalg import LinAlgError, cho_solve, cholesky
 
 from smpq_ext.core import Attribution, Game, Values
 from smpq_ext.estimators.adjusted import missed_by
-from smpq_ext.estimators.leverage import Drawn, Fit, ask_pairs
-from smpq_ext.stopping import student
+from smpq_ext.estimators.leverage import Drawn, Fit, ask_pairs, student
 
 __all__ = ["Odd"]
 

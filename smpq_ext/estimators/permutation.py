@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smpq_ext.core import Attribution, Game, Values, ask, pay
-from smpq_ext.stopping import student
+from smpq_ext.estimators.leverage import student
 
 __all__ = ["Permutation"]
 
