@@ -175,7 +175,7 @@ class Fit:
     def standard_errors(self) -> Values:
         """Delete-one-pair jackknife errors [players], with the finite population correction of each size.
 
-        Infinite where, without one of the pairs, there would be no answer.
+        With `besides`, and no less than `least`; infinite where, without one of the pairs, there would be no answer.
         """
         sampled = np.hypot(jackknife(self.solve, self.left_out, self.seen), self.besides)
         return np.asarray(np.maximum(sampled, self.least), np.float64)
