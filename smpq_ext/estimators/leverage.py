@@ -70,15 +70,15 @@ class Drawn:
         """What a pair's gap counts for in the Shapley values, by its players, [pairs, players]."""
         players = self.coalitions.shape[1]
         size = self.coalitions.sum(axis=1, keepdims=True)
-        whole = np.array([0, *self.population])[size] * (1 + (2 * size == players))
-        return np.asarray(np.where(self.coalitions, 1 / size, -1 / (players - size)) / whole, np.float64)
+        each = np.array([0.0, *(1 / whole for whole in self.population)])[size] / (1 + (2 * size == players))
+        return np.asarray(np.where(self.coalitions, 1 / size, -1 / (players - size)) * each, np.float64)
 
     @property
     def variance(self) -> float:
         """Of a Shapley value, where every pair's gap has variance 1 and is independent."""
         players = self.coalitions.shape[1]
         ways = [s * (players - s) * (1 + 3 * (2 * s == players)) for s in range(1, len(self.population) + 1)]
-        return float(sum(1 / (way * whole) for way, whole in zip(ways, self.population, strict=True)))
+        return float(sum(1 / way * (1 / whole) for way, whole in zip(ways, self.population, strict=True)))
 
     @property
     def seen(self) -> NDArray[np.float64]:

@@ -115,7 +115,7 @@ class Shapley:
         finding = f"additive scores miss {100 * share:.1f} ± {100 * error:.1f} % of the variance near the budget"
         finalists = Uniform().allocate(problem).assignment[None]
         if missed < 2 * error or missed < 0.01:
-            finding = f"additive within {'noise' if missed < 2 * error else '1 %'}: {finding}"
+            finding = f"additive within {'noise' if missed <= 2 * error else '1 %'}: {finding}"
         else:
             starts = np.stack([plan, solve(scores.damage * near.ratio(near.attribution)[:, None], problem.budget)])
             if self.interactions:
