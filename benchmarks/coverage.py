@@ -10,7 +10,7 @@ estimator takes, 2 n + 2, 4 n and 10 n.
 The column of a game tells the share of players whose value is within 1.96 standard errors of the estimate; "mean" is
 over the games, "±" its standard error over the runs, "largest" the share of runs that hold the player of the largest
 value, which is the hardest. "wide": the median ratio of the errors told to those made, root mean squares over the
-players of a run. "–": errors are infinite, for the estimator has seen too little to tell, and says so.
+players of a run. "–": in a run at least an error is infinite: the estimator has seen too little to tell, and says so.
 
     python -m benchmarks.coverage [--runs 40] [--estimators control ...] [--players 6 8 12 16]
 """
@@ -137,13 +137,13 @@ def rows(name: str, asked: str, players: int, runs: int) -> list[dict[str, Any]]
                 held[k, seed] = inside.mean() if np.isfinite(told).all() else np.nan
                 largest.append(inside[np.abs(truth).argmax()])
                 ratios.append(np.sqrt(np.mean(told**2) / max(np.mean(error**2), 1e-24)))
-        told = bool(np.isfinite(held).all())
-        shares = dict(zip(GAMES, held.mean(axis=1).tolist(), strict=True)) if told else dict.fromkeys(GAMES)
+        finite = bool(np.isfinite(held).all())
+        shares = dict(zip(GAMES, held.mean(axis=1).tolist(), strict=True)) if finite else dict.fromkeys(GAMES)
         row = {"estimator": name, "asked": asked or "values", "n": players, "budget": called, "m": budget, **shares}
-        row["mean"] = float(held.mean()) if told else None
-        row["±"] = float(held.mean(axis=0).std(ddof=1) / runs**0.5) if told else None
-        row["largest"] = float(np.mean(largest)) if told else None
-        row["wide"] = float(np.median(ratios)) if told else None
+        row["mean"] = float(held.mean()) if finite else None
+        row["±"] = float(held.mean(axis=0).std(ddof=1) / runs**0.5) if finite else None
+        row["largest"] = float(np.mean(largest)) if finite else None
+        row["wide"] = float(np.median(ratios)) if finite else None
         found.append(row)
         print(row, flush=True)
     return found

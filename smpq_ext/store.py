@@ -169,7 +169,7 @@ class Recorded:
         """Ask once more for what is known: no fingerprint sees everything.
 
         That is the assignment of the highest widths, where rounding differs least between machines, of those whose
-        value is not near 0, where a change would not show.
+        value is not near 0, where a change would not show; of all, where there are none.
         """
         known = [key for key in self._known if key[:1] == b"a"]
         if not known:

@@ -54,9 +54,8 @@ def main() -> None:
                 row["error"] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             print(row, flush=True)
             table[part].append(row)
-            save_table(
-                "gpu", [*first, *table["ops"], *table["engine"]], note_of(__doc__)
-            )  # a machine may be taken away
+            # each time, for a machine may be taken away
+            save_table("gpu", [*first, *table["ops"], *table["engine"]], note_of(__doc__))
     if any("error" in row for rows in table.values() for row in rows):
         raise SystemExit("benchmarks.gpu: some cases failed, see their errors above")
 

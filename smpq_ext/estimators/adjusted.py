@@ -31,7 +31,7 @@ class Adjusted:
         """An attribution after every batch of pairs; arrays [players]."""
         for drawn in ask_pairs("regression-adjusted sampling", game, budget, 2 * game.players, self.batch, rng):
             found = fit(drawn)
-            missed, errors = missed_by(drawn, found.residuals, found.left_out)
+            missed, errors = missed_by(drawn, drawn.gaps - drawn.signs @ found.values, found.left_out)
             yield Attribution(found.values + missed, errors, drawn.evaluations)
 
 
@@ -43,14 +43,13 @@ def missed_by(drawn: Drawn, residuals: Values, left_out: Values) -> tuple[Values
     that it has when it is left out.
     """
     players = drawn.coalitions.shape[1]
-    size = drawn.coalitions.sum(axis=1)
+    size, means = drawn.coalitions.sum(axis=1), drawn.means
     seen = drawn.seen[:, None]
     values, variance = np.zeros(players), np.zeros(players)
     for s in np.unique(size):
         of_size = size == s
         count = int(of_size.sum())
-        share = np.where(drawn.coalitions[of_size], 1 / s, -1 / (players - s)) * (0.5 if 2 * s == players else 1.0)
-        own, others = share * residuals[of_size][:, None], share * left_out[of_size][:, None]
+        own, others = (means[of_size] * missed[of_size][:, None] for missed in (residuals, left_out))
         whole = seen[of_size]
         values += (whole * own + (1 - whole) * np.nan_to_num(others)).mean(axis=0)
         if whole[0, 0] < 1 and (others != 0).any():

@@ -36,10 +36,10 @@ class Control:
     'odd'; the posterior's deviation of a player is no smaller than its share of what the surrogate says. `batch` is
     about how many coalitions a part is asked at once.
 
-    Raises SmpqError where the budget pays for fewer than players // 2 + 1 pairs in all (or all, if there are fewer).
-    Source: Aumann and Shapley, Values of non-atomic games (1974); Shoemaker, Principles and procedures of multiple
-    matrix sampling (1973); Swersky, Snoek, Adams, Multi-task Bayesian optimization (NIPS 2013), whose tasks are the
-    groups here.
+    Raises SmpqError where the budget pays for fewer than players // 2 + 1 pairs in all (or all, if there are fewer),
+    or weights are not one for each player. Source: Aumann and Shapley, Values of non-atomic games (1974); Shoemaker,
+    Principles and procedures of multiple matrix sampling (1973); Swersky, Snoek, Adams, Multi-task Bayesian
+    optimization (NIPS 2013), whose tasks are the groups here.
     """
 
     points: int = 1

@@ -33,9 +33,9 @@ class Gaussian:
 
     First none and all, then every single player with all others, then random halves, each with its complement. The
     prior of a pair's gap v(S) - v(complement) is additive plus the odd part of a kernel agreement^(players that
-    differ), which holds interactions of every order. Values are those under the likeliest shares, deviations from them
-    are averaged over all by likelihood, with Student's factor for as many pairs. 'auto' takes it for few evaluations;
-    the time grows with the cube of these. `batch` is about how many coalitions are asked at once.
+    differ), which holds interactions of every order. Values are those under the likeliest shares; the squares of
+    deviations from them are averaged over all by likelihood, with Student's factor for as many pairs. 'auto' takes it
+    for few evaluations; the time grows with the cube of these. `batch` is about how many coalitions are asked at once.
 
     Raises SmpqError where the budget is too small, and names the least. Source: Rasmussen and Williams, Gaussian
     processes for machine learning (2006), section 2.2; its Shapley values are exact sums over the kernel.

@@ -83,7 +83,7 @@ def _ridge(drawn: Drawn, index: str) -> Iterator[tuple[Values, Values]]:
     _, share, noise = best
     factor, noise = factored(lambda noise: _kernel(inner, players, share, noise), noise)
     inverse = cho_solve((factor, True), np.eye(len(sums)))
-    dual = inverse @ sums
+    dual = cho_solve((factor, True), sums)
     jitter = np.append(np.ones(len(sums) - 1), END)
     left_out = (dual / np.diag(inverse))[:-1]
     whole, scale = signs.sum(axis=1), float(sums @ dual) / len(sums)
@@ -99,7 +99,7 @@ def _ridge(drawn: Drawn, index: str) -> Iterator[tuple[Values, Values]]:
         # the noise is part of the game: a pair that was drawn stands for itself with what the ridge leaves of it
         owner = owner + noise * jitter[:, None] * _second_difference(drawn.population, signs, own, index)
         solve = owner.T @ inverse
-        row = solve @ sums
+        row = owner.T @ dual
         # no less than the posterior's, which knows what the ridge has drawn towards 0
         unknown = np.maximum(prior - (solve * owner.T).sum(axis=1), 0) * (drawn.seen < 1).any()
         least = student(len(sums)) * np.sqrt(scale * unknown)
@@ -118,12 +118,12 @@ def _second_difference(
     """
     players = signs.shape[1]
     size = (signs > 0).sum(axis=1)
-    sizes = np.zeros(players + 1)
-    sizes[1 : len(population) + 1], sizes[players] = population, 1
-    share = np.where(2 * size == players, 0.5, 1.0) / sizes[size]
+    each = np.ones(players + 1)
+    each[1 : len(population) + 1] = [1 / whole for whole in population]
+    share = np.where(2 * size == players, 0.5, 1.0) * each[size]
     both = own[:, None] * signs
     if index == "banzhaf":
-        ways = np.array([comb(players, int(s)) / 2.0 ** (players - 2) for s in size])
+        ways = np.array([4 * comb(players, int(s)) / 2**players for s in size])
         return np.asarray((share * ways)[:, None] * both, np.float64)
     inside, outside = (players / np.maximum(s * (s - 1), 1) for s in (size, players - size))
     split = players / np.maximum(size * (players - size), 1)
@@ -137,11 +137,11 @@ def _variance(players: int, population: list[int], index: str) -> float:
     found = END * end
     for s, whole in enumerate(population, 1):
         if index == "banzhaf":
-            squares = comb(players, s) ** 2 / 4.0 ** (players - 2)
+            squares = 16 * comb(players, s) ** 2 / 4**players
         else:
             ways = [way for way in (s * (s - 1), (players - s) * (players - s - 1), s * (players - s) / 2) if way]
             squares = players / (players - 1) * sum(1 / way for way in ways)
-        found += squares / whole * (0.25 if 2 * s == players else 1)
+        found += squares * (1 / whole) * (0.25 if 2 * s == players else 1)
     return found
 
 

@@ -66,12 +66,18 @@ class Drawn:
         return np.asarray(1 / (size * (players - size) * np.bincount(size)[size] * (1 + (2 * size == players))))
 
     @property
-    def owners(self) -> NDArray[np.float64]:
-        """What a pair's gap counts for in the Shapley values, by its players, [pairs, players]."""
+    def means(self) -> NDArray[np.float64]:
+        """What the mean gap of its size counts for in the Shapley values, by its players, [pairs, players]."""
         players = self.coalitions.shape[1]
         size = self.coalitions.sum(axis=1, keepdims=True)
-        each = np.array([0.0, *(1 / whole for whole in self.population)])[size] / (1 + (2 * size == players))
-        return np.asarray(np.where(self.coalitions, 1 / size, -1 / (players - size)) * each, np.float64)
+        half = np.where(2 * size == players, 0.5, 1.0)
+        return np.asarray(np.where(self.coalitions, 1 / size, -1 / (players - size)) * half, np.float64)
+
+    @property
+    def owners(self) -> NDArray[np.float64]:
+        """What a pair's gap counts for in the Shapley values, where every pair is known, [pairs, players]."""
+        each = np.array([0.0, *(1 / whole for whole in self.population)])  # the counts themselves may be no floats
+        return np.asarray(self.means * each[self.coalitions.sum(axis=1, keepdims=True)], np.float64)
 
     @property
     def variance(self) -> float:
@@ -164,8 +170,7 @@ class Fit:
     """A regression on pairs, which sees only their gaps."""
 
     values: Values  # [players]
-    residuals: Values  # [pairs], of the gaps
-    left_out: Values  # [pairs], the same by the fit without the pair; NaN where without it there is none
+    left_out: Values  # [pairs], residuals of the gaps, by the fit without the pair; NaN where there is none
     solve: NDArray[np.float64]  # [players, pairs], what a gap moves the values by
     seen: Values  # [pairs], which share of the pairs of its size is drawn
     besides: Values  # [players], standard errors of what is added to the regression
@@ -197,7 +202,8 @@ def fit(drawn: Drawn) -> Fit:
     free = 1 - np.einsum("pi,ip->p", signs, solve)
     unique = good.sum() == players - 1
     left_out = np.where(unique & (free > 1e-9), residuals / np.maximum(free, 1e-9), np.nan)
-    return Fit(drawn.total / players + offsets, residuals, left_out, solve, drawn.seen, *np.zeros((2, players)))
+    none = np.zeros(players)
+    return Fit(drawn.total / players + offsets, left_out, solve, drawn.seen, besides=none, least=none)
 
 
 def student(free: int) -> float:

@@ -112,7 +112,6 @@ def fit(parts: Sequence[Drawn], shares: Sequence[float] = (1.0,), surrogate: Val
         least = np.maximum(least, size * np.sqrt((least**2).mean()))
     return Fit(
         values=values,
-        residuals=(noise * jitter * dual)[: len(seen)],
         left_out=left_out,
         solve=solve[:, : len(seen)],
         seen=seen,

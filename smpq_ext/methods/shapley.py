@@ -111,7 +111,7 @@ class Shapley:
             if self._is_enough(problem, scores, near, step):
                 break
         missed, error = _missed(near, probes, apart, on_search, on_apart)
-        share = min(max(missed, 0.0), 1.0)  # where the estimate of a share is none
+        share = min(max(missed, 0.0), 1.0)  # the estimate may lie outside
         finding = f"additive scores miss {100 * share:.1f} ± {100 * error:.1f} % of the variance near the budget"
         finalists = Uniform().allocate(problem).assignment[None]
         if missed < 2 * error or missed < 0.01:
